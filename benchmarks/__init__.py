@@ -1,0 +1,1 @@
+"""How fast, measured: each module is a command that anyone can run."""

@@ -1,0 +1,93 @@
+"""A mesh of real processes gives the tokens that transformers gives, however it is cut."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from support.mesh import Mesh, greedy_request, running_mesh
+from support.paths import shared
+
+MODEL = shared("models/stories260K")
+
+# The model has 5 layers. 7-token chunks cut every prompt of the reference; 40 blocks of 8 hold 320
+# tokens, less than two of the longest cases together, so that 25 cases at once must preempt.
+LAYOUTS = {
+    "1 stage": (1, ()),
+    "2 stages": (2, ()),
+    "3 stages, chunks of 7": (3, ("--max-chunk-tokens", "7")),
+    "5 stages, little memory": (5, ("--block-size", "8", "--num-blocks", "40")),
+    "2 stages, chunks of 7, little memory": (
+        2,
+        ("--max-chunk-tokens", "7", "--block-size", "8", "--num-blocks", "40"),
+    ),
+    "3 stages, batch-invariant": (3, ("--batch-invariant",)),
+}
+
+
+@functools.cache
+def cases() -> list[dict[str, Any]]:
+    reference = json.loads((MODEL / "reference.json").read_text())
+    return list(reference["cases"])
+
+
+@pytest.fixture(scope="module", params=LAYOUTS, ids=list(LAYOUTS))
+def layout(request: pytest.FixtureRequest) -> Iterator[tuple[str, Mesh]]:
+    stages, options = LAYOUTS[request.param]
+    with running_mesh(MODEL, *options, stages=stages) as mesh:
+        yield request.param, mesh
+
+
+def requests(ignore_eos: bool) -> list[Any]:
+    return [greedy_request(case["prompt_ids"], 64, ignore_eos=ignore_eos) for case in cases()]
+
+
+def expected(ignore_eos: bool) -> list[list[int]]:
+    key = "output_ids_ignore_eos" if ignore_eos else "output_ids"
+    return [case[key] for case in cases()]
+
+
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_all_cases_at_once(layout: tuple[str, Mesh], ignore_eos: bool) -> None:
+    name, mesh = layout
+    preempted = mesh.status().queue.num_preempted
+    outputs = mesh.generate_all(requests(ignore_eos))
+    assert [output.token_ids for output in outputs] == expected(ignore_eos)
+    if "little memory" in name:
+        assert mesh.wait_idle().queue.num_preempted > preempted
+    mesh.wait_idle()
+
+
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_one_case_at_a_time(layout: tuple[str, Mesh], ignore_eos: bool) -> None:
+    _, mesh = layout
+    outputs = [mesh.generate(request) for request in requests(ignore_eos)]
+    assert [output.token_ids for output in outputs] == expected(ignore_eos)
+
+
+def test_text_in_gives_the_reference_text(layout: tuple[str, Mesh]) -> None:
+    _, mesh = layout
+    for case in cases():
+        if case["kind"] == "text" and case["prompt_roundtrips"]:
+            output = mesh.generate(greedy_request(case["prompt"], 64, ignore_eos=True))
+            assert output.token_ids == case["output_ids_ignore_eos"]
+            assert output.text == case["text_ignore_eos"]
+
+
+def test_every_step_costs_one_message_more_than_there_are_stages(
+    layout: tuple[str, Mesh],
+) -> None:
+    """The scheduler sends one, each stage sends one: activations never pass the scheduler."""
+    name, mesh = layout
+    before = mesh.wait_idle()
+    mesh.generate(greedy_request(cases()[0]["prompt_ids"], 64, ignore_eos=True))
+    mesh.wait_idle()
+    steps = mesh.status().pipelines[0].steps_done - before.pipelines[0].steps_done
+    assert steps >= 64, name
+    timings = mesh.status().pipelines[0].mean_timings
+    assert len(timings) == LAYOUTS[name][0]
+    assert all(timing.received_bytes > 0 for timing in timings[1:])
+    assert timings[0].received_bytes == 0

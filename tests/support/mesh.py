@@ -1,0 +1,176 @@
+"""A mesh of real processes, started with `stagemesh up` as a user would, and a client of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from protos import mesh_pb2, mesh_pb2_grpc
+from protos import text_generation_pb2 as pb
+from protos import text_generation_pb2_grpc as pb_grpc
+
+START_TIMEOUT_S = 120.0
+CALL_TIMEOUT_S = 120.0
+
+
+@dataclass
+class Output:
+    """All that one Generate call gave back."""
+
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    logprobs: list[pb.TokenLogprobs] = field(default_factory=list)
+    prompt: pb.PromptEcho | None = None
+    summary: pb.GenerationSummary | None = None
+
+
+def collect(responses: Iterable[pb.GenerateResponse]) -> Output:
+    """Gathers a stream and checks its shape: deltas in order, then one summary, then the end."""
+    output = Output()
+    for response in responses:
+        assert output.summary is None, "a message after the summary"
+        if response.WhichOneof("event") == "summary":
+            output.summary = response.summary
+            continue
+        delta = response.delta
+        if delta.token_ids:
+            assert delta.index == len(output.token_ids), "a delta out of order"
+        if delta.HasField("prompt"):
+            output.prompt = delta.prompt
+        output.token_ids += delta.token_ids
+        output.text += delta.text
+        output.logprobs += delta.logprobs
+    assert output.summary is not None, "the stream ended without a summary"
+    assert output.summary.usage.completion_tokens == len(output.token_ids)
+    return output
+
+
+def greedy_request(
+    prompt: str | Sequence[int], max_tokens: int, *, ignore_eos: bool = False, **fields: Any
+) -> pb.GenerateRequest:
+    request = pb.GenerateRequest(
+        sampling=pb.SamplingParams(temperature=0.0),
+        stopping=pb.StoppingCriteria(max_tokens=max_tokens, ignore_eos=ignore_eos),
+        **fields,
+    )
+    if isinstance(prompt, str):
+        request.text = prompt
+    else:
+        request.token_ids.ids.extend(prompt)
+    return request
+
+
+@dataclass
+class Mesh:
+    """A running mesh: its process, its addresses, and clients for them."""
+
+    process: subprocess.Popen[bytes]
+    ready: dict[str, Any]
+    channel: grpc.Channel
+    scheduler_channel: grpc.Channel
+    log: Path
+
+    @property
+    def stub(self) -> pb_grpc.TextGenerationStub:
+        return pb_grpc.TextGenerationStub(self.channel)
+
+    @property
+    def http_url(self) -> str:
+        address = str(self.ready["http"])
+        return address if address.startswith("http") else f"http://{address}"
+
+    def pids(self, role: str) -> list[int]:
+        return [p["pid"] for p in self.ready["processes"] if p["role"] == role]
+
+    def start(self, request: pb.GenerateRequest) -> Any:
+        """The call itself: an iterator of responses that can be cancelled."""
+        return self.stub.Generate(request, timeout=CALL_TIMEOUT_S)
+
+    def generate(self, request: pb.GenerateRequest) -> Output:
+        return collect(self.start(request))
+
+    def generate_all(self, requests: Iterable[pb.GenerateRequest]) -> list[Output]:
+        """All at once: every call is started before the first is read."""
+        calls = [self.start(request) for request in requests]
+        return [collect(call) for call in calls]
+
+    def status(self) -> mesh_pb2.GetStatusResponse:
+        stub = mesh_pb2_grpc.SchedulerStub(self.scheduler_channel)
+        response: mesh_pb2.GetStatusResponse = stub.GetStatus(
+            mesh_pb2.GetStatusRequest(), timeout=10.0
+        )
+        return response
+
+    def wait_idle(self, timeout_s: float = 20.0) -> mesh_pb2.GetStatusResponse:
+        """Waits until the scheduler holds no request and every block is free again."""
+        wait_until(lambda: is_idle(self.status()), timeout_s, "the mesh to be idle")
+        return self.status()
+
+
+def is_idle(status: mesh_pb2.GetStatusResponse) -> bool:
+    return (
+        status.queue.num_running == 0
+        and status.queue.num_waiting == 0
+        and all(p.num_free_blocks == p.num_blocks for p in status.pipelines)
+        and all(p.steps_in_flight == 0 for p in status.pipelines)
+    )
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
+        time.sleep(0.02)  # between two looks at a condition, never instead of one
+
+
+@contextlib.contextmanager
+def running_mesh(model: Path, *options: str, stages: int = 2, replicas: int = 1) -> Iterator[Mesh]:
+    """Starts `stagemesh up` on free ports; ends it with Ctrl-C and checks that it ended well."""
+    with tempfile.TemporaryDirectory() as scratch:
+        ready_file, log = Path(scratch, "ready.json"), Path(scratch, "up.log")
+        command = [
+            *(sys.executable, "-m", "stagemesh.cli.main", "up", "--model", str(model)),
+            *("--stages", str(stages), "--replicas", str(replicas), "--grpc-port", "0"),
+            *("--http-port", "0", "--scheduler-port", "0", "--ready-file", str(ready_file)),
+            *options,
+        ]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with log.open("wb") as sink:
+            process = subprocess.Popen(
+                command, stdout=sink, stderr=subprocess.STDOUT, env=env, start_new_session=True
+            )
+        try:
+            wait_until(
+                lambda: ready_file.exists() or process.poll() is not None,
+                START_TIMEOUT_S,
+                "the mesh to serve",
+            )
+            assert process.poll() is None, log.read_text()
+            yield from _serve(process, json.loads(ready_file.read_text()), log)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=30.0) == 0, log.read_text()
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+            sys.stdout.write(log.read_text()[-4000:])
+
+
+def _serve(process: subprocess.Popen[bytes], ready: dict[str, Any], log: Path) -> Iterator[Mesh]:
+    with (
+        grpc.insecure_channel(ready["grpc"]) as channel,
+        grpc.insecure_channel(ready["scheduler"]) as scheduler_channel,
+    ):
+        yield Mesh(process, ready, channel, scheduler_channel, log)
