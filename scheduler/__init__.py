@@ -1,0 +1,1 @@
+"""The scheduler: who runs next. Its core decides, the rest of the package talks to the mesh."""

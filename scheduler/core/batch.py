@@ -1,0 +1,156 @@
+"""Fills one step of one pipeline: who takes part, with how many tokens.
+
+Sequences that need one token (decoding, mostly) come first, those that waited longest before the
+others, and are dealt evenly over the steps that may be in flight, so that every stage has work.
+Those that have more to catch up share what is left of the token budget, by rank; a part of it is
+theirs alone. Where blocks are short, the worst ranked running sequence is preempted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from scheduler.core.budgets import TokenBudget
+from scheduler.core.limits import SchedulerLimits
+from scheduler.core.pipeline import Pipeline, RowInFlight
+from scheduler.core.sequence import Sequence
+from stagemesh.plan import Row, Step
+
+# The share of a step's tokens that decoding leaves to sequences that catch up.
+_CATCH_UP_DIVISOR = 4
+
+
+def plan_step(
+    pipeline: Pipeline, limits: SchedulerLimits, preempt: Callable[[Sequence], None]
+) -> Step | None:
+    """The next step of a pipeline that may send one, or None if there is nothing to do in it."""
+    pending = [sequence for sequence in pipeline.running.values() if sequence.num_pending]
+    decoding = [sequence for sequence in pending if sequence.num_pending == 1]
+    catching_up = [sequence for sequence in pending if sequence.num_pending > 1]
+    catching_up.sort(key=lambda sequence: sequence.rank)
+    num_decoding = len(pipeline.running) - len(catching_up)
+    decode_share = -(-num_decoding // pipeline.max_steps_in_flight)
+    catch_up_share = -(-len(catching_up) // pipeline.num_step_slots)
+
+    tokens = TokenBudget(limits.max_step_tokens, limits.max_chunk_tokens)
+    batch = Batch(pipeline, tokens, preempt)
+    if catching_up:
+        # In a tiny budget: one token in every other step.
+        reserve = limits.max_step_tokens // _CATCH_UP_DIVISOR or pipeline.next_step % 2
+        tokens.reserve(reserve)
+    num_added = batch.fill(decoding, decode_share)
+    tokens.reserve(0)
+    batch.fill(catching_up, catch_up_share)
+    batch.fill(decoding, decode_share - num_added)
+    return batch.send()
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Positions [start, end) of a sequence."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+
+class Batch:
+    """A step under construction."""
+
+    def __init__(
+        self, pipeline: Pipeline, tokens: TokenBudget, preempt: Callable[[Sequence], None]
+    ) -> None:
+        self._pipeline = pipeline
+        self._tokens = tokens
+        self._preempt = preempt
+        self._parts: dict[int, _Part] = {}
+
+    def fill(self, sequences: Iterable[Sequence], max_rows: int) -> int:
+        """Adds up to `max_rows` of them, and says how many."""
+        num_added = 0
+        for sequence in sequences:
+            if num_added >= max_rows or self._tokens.grant(1) == 0:
+                break
+            is_here = sequence.pipeline is self._pipeline  # not preempted a moment ago
+            if is_here and sequence.sequence_id not in self._parts:
+                num_added += self._add(sequence)
+        return num_added
+
+    def send(self) -> Step | None:
+        """The step, or None without rows. What is to be forgotten waits for rows, but not on an
+        idle pipeline: the stages should not hold on to it."""
+        parts = self._parts.values()
+        if not parts and (self._pipeline.in_flight or not self._pipeline.to_forget):
+            return None
+        rows = tuple(self._row(part) for part in parts)
+        in_flight = tuple(_in_flight(row, part) for row, part in zip(rows, parts, strict=True))
+        return self._pipeline.send(rows, in_flight)
+
+    def _add(self, sequence: Sequence) -> bool:
+        start = sequence.num_scheduled
+        end = self._make_room(sequence, start + self._tokens.grant(sequence.num_pending))
+        if end == start:
+            return False
+        self._tokens.take(end - start)
+        self._parts[sequence.sequence_id] = _Part(sequence, start, end)
+        sequence.num_scheduled = end
+        self._pipeline.running.move_to_end(sequence.sequence_id)
+        return True
+
+    def _make_room(self, sequence: Sequence, end: int) -> int:
+        """Allocates blocks up to `end`, or up to where they last; preempts for the first only.
+
+        A sequence for which there is no room keeps what it has and waits: those ranked before it
+        can take it, and those behind it have been preempted.
+        """
+        facts, pool, table = self._pipeline.facts, self._pipeline.pool, sequence.table
+        while True:
+            num_entries = table.num_entries + pool.num_free // table.num_groups
+            room = num_entries * facts.block_size_tokens
+            if room > sequence.num_scheduled:
+                break
+            victim = max(self._pipeline.running.values(), key=lambda other: other.rank)
+            if victim is sequence:
+                return sequence.num_scheduled
+            self._drop(victim)
+        end = min(end, room)
+        table.grow(pool, facts.num_blocks_for(end))
+        return end
+
+    def _drop(self, victim: Sequence) -> None:
+        part = self._parts.pop(victim.sequence_id, None)
+        if part is not None:
+            self._tokens.give_back(part.end - part.start)
+        self._preempt(victim)
+
+    def _row(self, part: _Part) -> Row:
+        sequence, start, end = part.sequence, part.start, part.end
+        is_first = sequence.needs_state
+        sequence.needs_state = False
+        sequence.is_known_to_stages = True
+        logprobs = sequence.wanted_prompt_logprobs
+        return Row(
+            sequence_id=sequence.sequence_id,
+            run=sequence.run,
+            start=start,
+            num_tokens=end - start,
+            token_ids=tuple(sequence.tokens[start:end]),
+            block_updates=sequence.table.take_updates(whole=is_first),
+            first_stage=0,
+            end_stage=self._pipeline.facts.num_stages,
+            sample_positions=(end - 1,) if end == sequence.num_tokens else (),
+            logprob_positions=tuple(range(max(start, logprobs.start), min(end, logprobs.stop))),
+            state=sequence.state() if is_first else None,
+        )
+
+
+def _in_flight(row: Row, part: _Part) -> RowInFlight:
+    return RowInFlight(
+        sequence=part.sequence,
+        run=row.run,
+        start=part.start,
+        end=part.end,
+        sample_positions=row.sample_positions,
+        logprob_positions=row.logprob_positions,
+    )

@@ -1,0 +1,64 @@
+"""What a step, and what a pipeline's pool, still have room for. The planning loops ask these."""
+
+from __future__ import annotations
+
+from scheduler.core.pipeline import Pipeline
+from scheduler.core.sequence import Sequence
+
+
+class TokenBudget:
+    """The tokens of one step. Catching up is left a share that decoding cannot take."""
+
+    def __init__(self, max_tokens: int, max_chunk_tokens: int | None) -> None:
+        self.remaining = max_tokens
+        self._max_chunk_tokens = max_chunk_tokens or max_tokens
+        self._reserved = 0
+
+    def reserve(self, num_tokens: int) -> None:
+        """Keeps so many tokens back from now on."""
+        self._reserved = num_tokens
+
+    def grant(self, num_wanted: int) -> int:
+        """How many of these tokens one sequence may have, 0 if the step is full."""
+        return max(0, min(num_wanted, self.remaining - self._reserved, self._max_chunk_tokens))
+
+    def take(self, num_tokens: int) -> None:
+        self.remaining -= num_tokens
+
+    def give_back(self, num_tokens: int) -> None:
+        self.remaining += num_tokens
+
+
+class BlockBudget:
+    """The blocks of one pipeline that no running sequence will need to catch up.
+
+    Blocks are allocated on demand, so free ones may be spoken for: admitting against the free count
+    alone would admit sequences only to preempt them.
+    """
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+        spoken_for = sum(self._num_missing(sequence) for sequence in pipeline.running.values())
+        self.remaining = pipeline.pool.num_free - spoken_for
+
+    def cost(self, sequence: Sequence, hits: list[tuple[int, ...]]) -> int:
+        """Free blocks that the sequence takes: new ones, and cached ones that it revives."""
+        pool = self._pipeline.pool
+        num_shared = sum(pool.num_owners(block_id) > 0 for entry in hits for block_id in entry)
+        num_entries = self._pipeline.facts.num_blocks_for(sequence.num_tokens)
+        return num_entries * sequence.table.num_groups - num_shared
+
+    def take(self, num_blocks: int) -> None:
+        self.remaining -= num_blocks
+
+    def gain(self, sequence: Sequence, kept: set[int]) -> int:
+        """Blocks that this running sequence holds alone or is still to be given, but for `kept`."""
+        pool = self._pipeline.pool
+        held = sequence.table.block_ids()
+        num_alone = sum(pool.num_owners(b) == 1 and b not in kept for b in held)
+        return num_alone + self._num_missing(sequence)
+
+    def _num_missing(self, sequence: Sequence) -> int:
+        table = sequence.table
+        num_entries = self._pipeline.facts.num_blocks_for(sequence.num_tokens)
+        return max(0, num_entries - table.num_entries) * table.num_groups

@@ -1,0 +1,179 @@
+"""One pipeline as the core sees it: its blocks, who runs on it, and the steps in flight."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from scheduler.core.blocks import BlockName, BlockPool
+from scheduler.core.sequence import Sequence
+from stagemesh.errors import ConfigError
+from stagemesh.plan import Epoch, HopTiming, Row, SequenceRun, Step
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineFacts:
+    """What was found out about a pipeline when it formed.
+
+    `num_blocks` is the smallest stage's. `max_model_len` is in tokens. KV of requests longer than
+    `dynamic_rope_length` depends on their total length; 0 for never.
+
+    Raises ConfigError.
+    """
+
+    pipeline_id: str
+    epoch: Epoch
+    num_stages: int
+    num_blocks: int
+    block_size_tokens: int
+    max_model_len: int
+    model_identity: str
+    dynamic_rope_length: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_stages", "num_blocks", "block_size_tokens", "max_model_len"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} of a pipeline must be at least 1")
+
+    @property
+    def capacity_tokens(self) -> int:
+        """The longest sequence, prompt and output together."""
+        return min(self.max_model_len, self.num_blocks * self.block_size_tokens)
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class RowInFlight:
+    """A row that was sent: positions [start, end) of this run of the sequence."""
+
+    sequence: Sequence
+    run: int
+    start: int
+    end: int
+    sample_positions: tuple[int, ...]
+    logprob_positions: tuple[int, ...]
+
+    @property
+    def is_current(self) -> bool:
+        return not self.sequence.has_ended and self.sequence.run == self.run
+
+
+@dataclass(frozen=True, slots=True)
+class StepInFlight:
+    step: int
+    rows: tuple[RowInFlight, ...]
+    forget: tuple[SequenceRun, ...]
+
+
+_NUM_RECENT_TIMINGS = 32
+
+
+class Pipeline:
+    def __init__(self, facts: PipelineFacts, max_steps_in_flight: int | None) -> None:
+        self.facts = facts
+        self.epoch = facts.epoch
+        self.max_steps_in_flight = max_steps_in_flight or facts.num_stages
+        self.pool = BlockPool(facts.num_blocks)
+        # In the order of their last turn, so that those who waited longest come first.
+        self.running: OrderedDict[int, Sequence] = OrderedDict()
+        self.in_flight: deque[StepInFlight] = deque()
+        self.to_forget: list[SequenceRun] = []
+        self.next_step = 0
+        self.num_steps_done = 0
+        self.recent_timings: deque[tuple[HopTiming, ...]] = deque(maxlen=_NUM_RECENT_TIMINGS)
+
+    @property
+    def pipeline_id(self) -> str:
+        return self.facts.pipeline_id
+
+    @property
+    def num_step_slots(self) -> int:
+        """Steps that may be sent now."""
+        return self.max_steps_in_flight - len(self.in_flight)
+
+    def prefix_hits(self, sequence: Sequence) -> list[tuple[int, ...]]:
+        """Blocks that hold a beginning of the sequence: one per cache group for each entry."""
+        num_blocks = sequence.max_hit_tokens // self.facts.block_size_tokens
+        if num_blocks == 0:
+            return []
+        hits = []
+        chain = sequence.chain(self.facts)
+        for index in range(num_blocks):
+            digest = chain.extend(sequence.tokens, index + 1)[index]
+            entry = [
+                self.pool.lookup(BlockName(group, digest))
+                for group in range(sequence.table.num_groups)
+            ]
+            found = tuple(block_id for block_id in entry if block_id is not None)
+            if len(found) < len(entry):
+                break
+            hits.append(found)
+        return hits
+
+    def admit(self, sequence: Sequence, hits: list[tuple[int, ...]]) -> None:
+        """The sequence runs here from now on, with what the prefix cache has of it."""
+        for entry in hits:
+            sequence.table.share(self.pool, entry)
+        num_tokens = len(hits) * self.facts.block_size_tokens
+        sequence.num_computed = sequence.num_scheduled = num_tokens
+        sequence.num_named = len(hits)
+        sequence.pipeline = self
+        self.running[sequence.sequence_id] = sequence
+
+    def dismiss(self, sequence: Sequence) -> None:
+        """The sequence ends or is preempted; its blocks are free for the next step at once.
+
+        Rows in flight still write to them, but in the order of the plan: before any row that is
+        planned from now on.
+        """
+        del self.running[sequence.sequence_id]
+        sequence.table.release(self.pool)
+        if sequence.is_known_to_stages:
+            self.to_forget.append(sequence.sequence_run)
+
+    def send(self, rows: tuple[Row, ...], in_flight: tuple[RowInFlight, ...]) -> Step:
+        forget = tuple(self.to_forget)
+        self.to_forget.clear()
+        step = Step(self.pipeline_id, self.epoch, self.next_step, rows, forget)
+        self.in_flight.append(StepInFlight(self.next_step, in_flight, forget))
+        self.next_step += 1
+        return step
+
+    def step_done(self, timings: tuple[HopTiming, ...]) -> None:
+        """The oldest step in flight was answered."""
+        self.in_flight.popleft()
+        self.num_steps_done += 1
+        if timings:
+            self.recent_timings.append(timings)
+
+    def name_computed_blocks(self, sequence: Sequence) -> None:
+        """Full blocks whose KV was acknowledged may be given to others from now on."""
+        num_full = sequence.num_computed // self.facts.block_size_tokens
+        if num_full <= sequence.num_named:
+            return
+        hashes = sequence.chain(self.facts).extend(sequence.tokens, num_full)
+        for index in range(sequence.num_named, num_full):
+            for group, block_ids in enumerate(sequence.table.groups):
+                self.pool.register(BlockName(group, hashes[index]), block_ids[index])
+        sequence.num_named = num_full
+
+    def forget_content(self, block_ids: Iterable[int]) -> None:
+        """Takes blocks out of the prefix index; whoever owns them keeps them."""
+        for block_id in block_ids:
+            self.pool.forget(block_id)
+
+    def restart(self, epoch: Epoch) -> None:
+        """The same workers, a new epoch: acknowledged KV stays, steps in flight are undone.
+
+        What they were to forget is said again, since nobody knows which stages heard it.
+        """
+        assert epoch > self.epoch, f"epoch {epoch} does not follow {self.epoch}"
+        self.to_forget[:0] = [run for step in self.in_flight for run in step.forget]
+        self.in_flight.clear()
+        self.epoch = epoch
+        self.next_step = 0
+        for sequence in self.running.values():
+            sequence.rewind()

@@ -1,0 +1,81 @@
+"""What the core can say about itself for people and dashboards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from scheduler.core.pipeline import Pipeline
+from stagemesh.plan import Epoch, HopTiming
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineStats:
+    """`num_free_blocks` includes `num_cached_blocks`. `mean_timings`: one per stage, over the last
+    steps."""
+
+    pipeline_id: str
+    epoch: Epoch
+    num_blocks: int
+    num_free_blocks: int
+    num_cached_blocks: int
+    num_running: int
+    steps_in_flight: int
+    steps_done: int
+    mean_timings: tuple[HopTiming, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CoreStats:
+    """Totals count since the core began. Every accepted request is waiting, running, finished (by
+    itself), aborted or failed. Prompt tokens count when a request is first admitted."""
+
+    num_waiting: int
+    num_running: int
+    num_accepted: int
+    num_finished: int
+    num_refused: int
+    num_aborted: int
+    num_failed: int
+    num_preempted: int
+    generated_tokens: int
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    generated_tokens_per_s: float
+    prompt_tokens_per_s: float
+    pipelines: tuple[PipelineStats, ...]
+
+
+def pipeline_stats(pipeline: Pipeline) -> PipelineStats:
+    return PipelineStats(
+        pipeline_id=pipeline.pipeline_id,
+        epoch=pipeline.epoch,
+        num_blocks=pipeline.pool.num_blocks,
+        num_free_blocks=pipeline.pool.num_free,
+        num_cached_blocks=pipeline.pool.num_cached,
+        num_running=len(pipeline.running),
+        steps_in_flight=len(pipeline.in_flight),
+        steps_done=pipeline.num_steps_done,
+        mean_timings=_mean_timings(pipeline.recent_timings),
+    )
+
+
+def _mean_timings(steps: Iterable[tuple[HopTiming, ...]]) -> tuple[HopTiming, ...]:
+    by_stage: dict[int, list[HopTiming]] = {}
+    for timings in steps:
+        for timing in timings:
+            by_stage.setdefault(timing.stage, []).append(timing)
+    return tuple(_mean(stage, timings) for stage, timings in sorted(by_stage.items()))
+
+
+def _mean(stage: int, timings: list[HopTiming]) -> HopTiming:
+    num = len(timings)
+    return HopTiming(
+        stage=stage,
+        receive_ns=sum(timing.receive_ns for timing in timings) // num,
+        queue_ns=sum(timing.queue_ns for timing in timings) // num,
+        compute_ns=sum(timing.compute_ns for timing in timings) // num,
+        serialise_ns=sum(timing.serialise_ns for timing in timings) // num,
+        idle_ns=sum(timing.idle_ns for timing in timings) // num,
+        received_bytes=sum(timing.received_bytes for timing in timings) // num,
+    )
