@@ -174,6 +174,14 @@ def error_from_rpc(error: grpc.aio.AioRpcError) -> StageMeshError:
     return from_code(code, message, retry_after_s=_retry_after_s(metadata.get(RETRY_AFTER_KEY)))
 
 
+def peer_error(address: str, error: grpc.aio.AioRpcError) -> StageMeshError:
+    """What a stream between parts of the mesh ended with: a named error, else PeerLost."""
+    if ERROR_KEY in _text_items(error.trailing_metadata() or ()):
+        return error_from_rpc(error)
+    reason = error.details() or error.code().name
+    return PeerLost(f"the stream to {address} broke: {reason}")
+
+
 def _text_items(metadata: Iterable[tuple[str, str | bytes]]) -> dict[str, str]:
     return {key: value for key, value in metadata if isinstance(value, str)}
 
