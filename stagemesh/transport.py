@@ -103,7 +103,10 @@ async def _answer(handler: PushHandler, context: _Context, traffic: Traffic) -> 
     error: StageMeshError | None = PeerLost(f"the stream from {hello.sender_id} broke")
     try:
         await _receive_all(handler, hello, context, traffic)
-        error = None
+        await context.write(encode_frame(plan_pb2.FrameHeader(pong=plan_pb2.Ping())))
+        error = None  # a cut stream also reads as ended, but takes no write
+    except (grpc.aio.UsageError, grpc.aio.InternalError):
+        pass
     except StageMeshError as raised:
         error = raised
         raise
