@@ -1,0 +1,1 @@
+"""A span of layers on a device: executes plans, decides nothing."""

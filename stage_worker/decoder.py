@@ -1,0 +1,101 @@
+"""The decoder: one forward pass of a stage's layers over the flat tokens of a step.
+
+    T tokens of all rows, one after another; E hidden size; I intermediate size
+    H query heads, K KV heads, D head dim, V vocabulary
+
+One decoder for all families: what differs is in the weights that are there (biases, query and key
+norms) and in the batch's metadata (angles, windows). Knows nothing of sequences or steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stage_worker.attention import Group, attend
+from stage_worker.kernels import Kernels
+from stage_worker.kv_cache import KvCache
+from stage_worker.rope import rotate
+from stage_worker.weights import LayerWeights, StageWeights
+from stagemesh.model_spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a forward pass must know of its tokens, built once per step.
+
+    `slots` [T] is where their keys and values are written; `cos`, `sin` [T, 1, D / 2] are in the
+    model's dtype; `groups` has a reading plan per sliding window (None: whole context).
+    """
+
+    slots: Tensor
+    cos: Tensor
+    sin: Tensor
+    groups: Mapping[int | None, Sequence[Group]]
+
+
+class Decoder:
+    """`windows` are those of the stage's own layers."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        windows: Sequence[int | None],
+        weights: StageWeights,
+        cache: KvCache,
+        kernels: Kernels,
+        dtype: torch.dtype,
+    ) -> None:
+        self._spec = spec
+        self._windows = windows
+        self._weights = weights
+        self._cache = cache
+        self._kernels = kernels
+        self._dtype = dtype
+
+    @property
+    def attention_tile(self) -> int:
+        return self._kernels.attention_tile
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[T] -> [T, E]; on the first stage."""
+        assert self._weights.embedding is not None
+        return torch.nn.functional.embedding(token_ids, self._weights.embedding).to(self._dtype)
+
+    def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """[T, E] -> [T, E] through the stage's layers; writes their KV."""
+        for i, layer in enumerate(self._weights.layers):
+            normed = self._norm(hidden, layer.input_norm)
+            hidden = hidden + self._attention(normed, i, layer, batch)
+            normed = self._norm(hidden, layer.post_attention_norm)
+            gate, up = layer.gate_up(normed).chunk(2, dim=-1)
+            hidden = hidden + layer.down(self._kernels.silu(gate) * up)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[T, E] -> [T, V] float32; on the last stage."""
+        assert self._weights.norm is not None
+        assert self._weights.head is not None
+        return self._weights.head(self._norm(hidden, self._weights.norm)).float()
+
+    def _attention(self, hidden: Tensor, i: int, layer: LayerWeights, batch: Batch) -> Tensor:
+        spec = self._spec
+        heads = layer.qkv(hidden).view(len(hidden), -1, spec.head_dim)
+        sizes = [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads]
+        queries, keys, values = torch.split(heads, sizes, dim=1)
+        if layer.query_norm is not None and layer.key_norm is not None:
+            queries = self._norm(queries, layer.query_norm)
+            keys = self._norm(keys, layer.key_norm)
+        queries = rotate(queries, batch.cos, batch.sin)
+        self._cache.write(i, batch.slots, rotate(keys, batch.cos, batch.sin), values)
+        groups = batch.groups[self._windows[i]]
+        return layer.output(attend(self._kernels.attention, groups, self._cache, i, queries))
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMS norm over the last dimension, in float32."""
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self._spec.rms_norm_eps)
+        return weight * (wide * scale).to(x.dtype)

@@ -1,0 +1,151 @@
+"""Who a model is: hashes of its parts, so that workers with different weights never form a mesh.
+
+A part's hash covers names, shapes, stored dtypes and bytes of its tensors, as BLAKE2b. Reading a
+large model takes a while, so hashes are kept in a small JSON file beside the weights, and are valid
+for as long as name, size and modification time of the files they came from are the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stage_worker.checkpoint import STORED_DTYPES, TORCH_DTYPES, Checkpoint
+from stage_worker.layout import Shape, all_parts, part_tensors
+from stagemesh.errors import CheckpointError
+from stagemesh.model_spec import ModelSpec
+from stagemesh.plan import ModelSummary
+
+CACHE_NAME = ".stagemesh-identity.json"
+_CACHE_VERSION = 1
+_SLICE_BYTES = 2**22
+
+
+def summarise(model_dir: Path) -> ModelSummary:
+    """The summary of the model in `model_dir`, hashing those parts whose files are all there.
+
+    Raises CheckpointError where a file that is there is damaged or does not fit config.json, or
+    where no part is complete.
+    """
+    spec = ModelSpec.from_directory(model_dir)
+    hashes = _part_hashes(model_dir, spec)
+    item_bytes = TORCH_DTYPES[_stored_dtype(model_dir, spec)].itemsize
+    sizes = {part: item_bytes * _numel(spec, part) for part in ("embedding", "layer.0", "head")}
+    return ModelSummary(
+        name=model_dir.resolve().name,
+        architecture=spec.architecture,
+        num_layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        vocab_size=spec.vocab_size,
+        max_position=spec.context_length,
+        layer_bytes=sizes["layer.0"],
+        embedding_bytes=sizes["embedding"],
+        head_bytes=sizes["head"],
+        structure_hash=structure_hash(spec),
+        part_hashes=hashes,
+        dynamic_rope_length=spec.dynamic_rope_length,
+    )
+
+
+def structure_hash(spec: ModelSpec) -> str:
+    """Of what config.json means and of every tensor's name, shape and configured dtype.
+
+    End tokens are left out: they are the gateway's business and change no number.
+    """
+    meaning = asdict(spec)
+    del meaning["eos_token_ids"], meaning["bos_token_id"]
+    tensors = {part: part_tensors(spec, part) for part in all_parts(spec)}
+    text = json.dumps([meaning, tensors], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _part_hashes(model_dir: Path, spec: ModelSpec) -> dict[str, str]:
+    files = Checkpoint(model_dir)
+    cached = _read_cache(model_dir)
+    hashes: dict[str, str] = {}
+    stamps: dict[str, list[list[Any]]] = {}
+    for part in all_parts(spec):
+        tensors = part_tensors(spec, part)
+        paths = sorted({files.file_of(name) for name in tensors})
+        if not all(path.is_file() for path in paths):
+            continue
+        stamps[part] = [_stamp(path) for path in paths]
+        known = cached.get(part)
+        if known and known["files"] == stamps[part] and known["tensors"] == _names(tensors):
+            hashes[part] = known["hash"]
+        else:
+            hashes[part] = _hash_part(files, tensors)
+    if not hashes:
+        raise CheckpointError(
+            f"{model_dir} has no complete part of the model: its files are missing"
+        )
+    entries = {
+        part: {"files": stamps[part], "tensors": _names(part_tensors(spec, part)), "hash": value}
+        for part, value in hashes.items()
+    }
+    if entries != cached:
+        _write_cache(model_dir, entries)
+    return hashes
+
+
+def _hash_part(files: Checkpoint, tensors: dict[str, Shape]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, shape in sorted(tensors.items()):
+        view = files.view(name, shape)
+        digest.update(f"{name} {list(shape)} {files.stored_dtype(name)}\n".encode())
+        content = view.reshape(-1).view(torch.uint8).numpy().data
+        for start in range(0, len(content), _SLICE_BYTES):
+            digest.update(content[start : start + _SLICE_BYTES])
+    return digest.hexdigest()
+
+
+def _stored_dtype(model_dir: Path, spec: ModelSpec) -> str:
+    """That of the first weight that can be read; files rarely disagree with their config."""
+    files = Checkpoint(model_dir)
+    for part in all_parts(spec):
+        name = next(iter(part_tensors(spec, part)))
+        if files.file_of(name).is_file():
+            return STORED_DTYPES[files.stored_dtype(name)]
+    return spec.dtype
+
+
+def _numel(spec: ModelSpec, part: str) -> int:
+    return sum(torch.Size(shape).numel() for shape in part_tensors(spec, part).values())
+
+
+def _names(tensors: dict[str, Shape]) -> list[list[Any]]:
+    return [[name, list(shape)] for name, shape in sorted(tensors.items())]
+
+
+def _stamp(path: Path) -> list[Any]:
+    status = path.stat()
+    return [path.name, status.st_size, status.st_mtime_ns]
+
+
+def _read_cache(model_dir: Path) -> dict[str, Any]:
+    """What was kept; a file that is missing, damaged or of another version counts as empty."""
+    try:
+        content = json.loads((model_dir / CACHE_NAME).read_text(encoding="utf-8"))
+        if content["version"] != _CACHE_VERSION:
+            return {}
+        parts = content["parts"]
+        complete = all({"files", "tensors", "hash"} <= set(entry) for entry in parts.values())
+        return dict(parts) if complete else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _write_cache(model_dir: Path, entries: dict[str, Any]) -> None:
+    """Whole or not at all; a directory that cannot be written to goes without."""
+    temporary = model_dir / f"{CACHE_NAME}.{os.getpid()}"
+    try:
+        temporary.write_text(json.dumps({"version": _CACHE_VERSION, "parts": entries}))
+        temporary.replace(model_dir / CACHE_NAME)
+    except OSError:
+        return

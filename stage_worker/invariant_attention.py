@@ -1,0 +1,80 @@
+"""Attention whose bits depend on a query and its context alone: for `batch_invariant`.
+
+    R rows of a group, n queries per row, C context slots, H query heads, K KV heads, G = H / K
+    D head dim, S = n * G queries of a KV head padded to blocks of M = QUERY_BLOCK
+
+Every matrix product has the same shape, [M, D] x [D, TILE] and [M, TILE] x [TILE, D], whatever the
+batch, and tiles are cut at absolute positions and visited in order, with a running maximum and sum
+(online softmax, arXiv 1805.02867). A tile in which a query sees nothing changes none of its bits:
+it is scaled by exp(0) and nothing is added.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stage_worker.attention import Group
+
+TILE = 64
+QUERY_BLOCK = 8
+# Stands for minus infinity where a difference of two of them must not be NaN.
+_LOWEST = -3e38
+# Queries of one product, at most: bounds the memory of a long chunk's tile.
+_MAX_QUERIES = 4096
+
+
+def invariant_attention(group: Group, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """queries: [R, n, H, D]; keys, values: [R, C, K, D], C a multiple of TILE."""
+    num_rows, num_queries, num_heads, head_dim = queries.shape
+    num_kv_heads = keys.shape[2]
+    grouped = queries.view(num_rows, num_queries, num_kv_heads, -1, head_dim)
+    mask = group.mask[:, :, None].expand(-1, -1, grouped.shape[3], -1)
+    # [R, n, K, G, D] -> [R, K, n * G, D]; one mask for all KV heads.
+    grouped = grouped.transpose(1, 2).reshape(num_rows, num_kv_heads, -1, head_dim)
+    mask = mask.reshape(num_rows, 1, -1, mask.shape[-1]).expand(-1, num_kv_heads, -1, -1)
+    keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+    pieces = [
+        _attend_tiles(piece, keys, values, piece_mask)
+        for piece, piece_mask in zip(
+            torch.split(grouped, _MAX_QUERIES, dim=2),
+            torch.split(mask, _MAX_QUERIES, dim=2),
+            strict=True,
+        )
+    ]
+    output = torch.cat(pieces, dim=2)
+    output = output.view(num_rows, num_kv_heads, num_queries, -1, head_dim).transpose(1, 2)
+    return output.reshape(num_rows, num_queries, num_heads, head_dim)
+
+
+def _attend_tiles(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """queries: [R, K, S, D]; keys, values: [R, K, C, D]; mask: [R, K, S, C] -> [R, K, S, D]."""
+    num_queries, head_dim = queries.shape[2:]
+    padding = -num_queries % QUERY_BLOCK
+    queries = torch.nn.functional.pad(queries * head_dim**-0.5, (0, 0, 0, padding))
+    # Padded queries see what the last real one sees, so that they stay finite.
+    mask = torch.cat((mask, mask[:, :, -1:].expand(-1, -1, padding, -1)), dim=2)
+    num_blocks = queries.shape[2] // QUERY_BLOCK
+    blocks = queries.reshape(-1, QUERY_BLOCK, head_dim)
+    masks = mask.reshape(-1, QUERY_BLOCK, mask.shape[-1])
+    highest = blocks.new_full((*blocks.shape[:2], 1), _LOWEST)
+    total, output = torch.zeros_like(highest), torch.zeros_like(blocks)
+    for start in range(0, keys.shape[2], TILE):
+        seen = masks[:, :, start : start + TILE]
+        tile_keys, tile_values = (
+            _repeat_tile(x[:, :, start : start + TILE], num_blocks) for x in (keys, values)
+        )
+        scores = torch.bmm(blocks, tile_keys.transpose(1, 2)).masked_fill_(~seen, _LOWEST)
+        raised = torch.maximum(highest, scores.amax(dim=-1, keepdim=True))
+        weights = torch.where(seen, torch.exp(scores - raised), 0.0)
+        scale = torch.exp(highest - raised)
+        total = total * scale + weights.sum(dim=-1, keepdim=True)
+        output = output * scale + torch.bmm(weights, tile_values)
+        highest = raised
+    return (output / total).view(*queries.shape)[:, :, :num_queries]
+
+
+def _repeat_tile(tile: Tensor, num_blocks: int) -> Tensor:
+    """[R, K, TILE, D] -> [R * K * num_blocks, TILE, D], the same tile for each block of queries."""
+    repeated = tile[:, :, None].expand(-1, -1, num_blocks, -1, -1)
+    return repeated.reshape(-1, *tile.shape[2:])

@@ -1,0 +1,46 @@
+"""The kernels that a stage computes with, chosen once when it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stage_worker.attention import Attention, fast_attention
+from stage_worker.invariant_attention import TILE, invariant_attention
+from stagemesh.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """`attention_tile`: contexts are read in multiples of it; `packed`: linear layers are."""
+
+    attention: Attention
+    attention_tile: int
+    silu: Callable[[Tensor], Tensor]
+    packed: bool
+
+
+def _exact_silu(x: Tensor) -> Tensor:
+    """silu from operations whose bits do not depend on where in a tensor an element lies.
+
+    torch's own treats the last elements of a tensor, which fill no vector, by other instructions.
+    """
+    return x / (1.0 + torch.exp(-x))
+
+
+FAST = Kernels(fast_attention, 1, torch.nn.functional.silu, packed=False)
+INVARIANT = Kernels(invariant_attention, TILE, _exact_silu, packed=True)
+
+
+def choose_kernels(batch_invariant: bool, dtype: torch.dtype, device: torch.device) -> Kernels:
+    """Raises ConfigError where `batch_invariant` cannot be kept."""
+    if not batch_invariant:
+        return FAST
+    if dtype != torch.float32 or device.type != "cpu":
+        raise ConfigError("batch_invariant needs dtype float32 and device cpu")
+    if not torch._C._has_mkldnn:
+        raise ConfigError("batch_invariant needs a torch with oneDNN")
+    return INVARIANT

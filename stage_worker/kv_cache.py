@@ -1,0 +1,87 @@
+"""The KV pages of a stage's layers, and how many of them there are.
+
+    N blocks, O offset in a block, H KV heads, D head dim
+
+Per layer there are two tensors, keys and values, each [N, O, H, D]. A page that leaves the worker
+is written as (block, layer, K/V, head, offset, dim), whatever the layout here. Memory is not
+touched before a token is written to it, so blocks that were never used cost nothing on the CPU;
+what unused slots hold is arbitrary and nobody may read it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stage_worker.memory import available_bytes
+from stagemesh.errors import OutOfMemory
+from stagemesh.model_spec import ModelSpec
+
+# Without a budget: this part of what is free, since other stages may live on the same host …
+_CPU_FRACTION = 0.25
+_CUDA_FRACTION = 0.85
+# … and not more than this many sequences of full length could fill.
+_MAX_FULL_SEQUENCES = 256
+
+
+class KvCache:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        num_layers: int,
+        num_blocks: int,
+        block_size_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size_tokens = block_size_tokens
+        shape = (num_blocks, block_size_tokens, spec.num_kv_heads, spec.head_dim)
+        self.keys, self.values = (
+            [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+            for _ in range(2)
+        )
+
+    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """slots: [T], slot = block * block_size + offset; keys, values: [T, H, D]."""
+        self.keys[layer].flatten(0, 1).index_copy_(0, slots, keys)
+        self.values[layer].flatten(0, 1).index_copy_(0, slots, values)
+
+    def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """slots: [R, C] -> keys, values: [R, C, H, D]."""
+        return _gather(self.keys[layer], slots), _gather(self.values[layer], slots)
+
+
+def _gather(pages: Tensor, slots: Tensor) -> Tensor:
+    # Copying whole rows is three times as fast as indexing [N * O, H, D].
+    rows = pages.view(-1, pages.shape[2] * pages.shape[3]).index_select(0, slots.flatten())
+    return rows.view(*slots.shape, *pages.shape[2:])
+
+
+def block_bytes(spec: ModelSpec, num_layers: int, block_size_tokens: int, item_bytes: int) -> int:
+    """Bytes of one block over all layers of a stage."""
+    return 2 * num_layers * block_size_tokens * spec.num_kv_heads * spec.head_dim * item_bytes
+
+
+def choose_num_blocks(
+    spec: ModelSpec,
+    bytes_per_block: int,
+    block_size_tokens: int,
+    max_kv_memory_bytes: int | None,
+    device: torch.device,
+) -> int:
+    """How many blocks fit in the budget, or in a careful part of what is free without one.
+
+    Raises OutOfMemory where not even one does.
+    """
+    budget = max_kv_memory_bytes
+    if budget is None:
+        fraction = _CUDA_FRACTION if device.type == "cuda" else _CPU_FRACTION
+        useful = _MAX_FULL_SEQUENCES * -(-spec.context_length // block_size_tokens)
+        budget = min(int(available_bytes(device) * fraction), useful * bytes_per_block)
+    if budget < bytes_per_block:
+        raise OutOfMemory(
+            f"{budget} bytes for KV hold no block of {block_size_tokens} tokens, which takes "
+            f"{bytes_per_block} (max_kv_memory, block_size)"
+        )
+    return budget // bytes_per_block

@@ -1,0 +1,116 @@
+"""What the last stage answers to a step: tokens, log-probabilities, and rows gone wrong.
+
+T tokens of the step, E hidden size, V vocabulary
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from stage_worker.batch import PlacedRow
+from stage_worker.sampler import SampleRequest, describe, sample
+from stagemesh.plan import NOT_FINITE, RowResult, SampledToken, Step
+
+# Logits of this many prompt tokens are held at once: their vocabulary may be large.
+_PROMPT_SLICE = 64
+
+
+@dataclass(slots=True)
+class _Answer:
+    sampled: list[SampledToken] = field(default_factory=list)
+    prompt_logprobs: list[SampledToken] = field(default_factory=list)
+    failed: bool = False
+
+
+class RowSampler:
+    """`logits` maps hidden states [n, E] to logits [n, V] in float32."""
+
+    def __init__(self, logits: Callable[[Tensor], Tensor]) -> None:
+        self._logits = logits
+
+    def results(self, step: Step, placed: Rows[PlacedRow], hidden: Tensor) -> tuple[RowResult, ...]:
+        """One result per row of the step, in order; rows that passed this stage by have no content.
+
+        hidden: [T, E]. A row is in error if any of its own numbers is not finite.
+        """
+        answers: dict[int, _Answer] = defaultdict(_Answer)
+        finite = torch.isfinite(hidden).all(dim=1).tolist()
+        for entry in placed:
+            own = finite[entry.first : entry.first + entry.row.num_tokens]
+            answers[id(entry.row)].failed = not all(own)
+        healthy = [entry for entry in placed if not answers[id(entry.row)].failed]
+        self._add_sampled(healthy, hidden, answers)
+        self._add_prompt_logprobs(healthy, hidden, answers)
+        return tuple(_result(row.sequence_id, row.run, answers[id(row)]) for row in step.rows)
+
+    def _add_sampled(
+        self, placed: Rows[PlacedRow], hidden: Tensor, answers: dict[int, _Answer]
+    ) -> None:
+        wanted = [(entry, p) for entry in placed for p in entry.row.sample_positions]
+        if not wanted:
+            return
+        logits = self._logits(hidden[_indices(wanted, hidden)])
+        requests = [_request(entry, position) for entry, position in wanted]
+        for (entry, position), token in zip(wanted, sample(logits, requests), strict=True):
+            answer = answers[id(entry.row)]
+            if token is None:
+                answer.failed = True
+                continue
+            answer.sampled.append(token)
+            if position + 1 == entry.row.start + entry.row.num_tokens:
+                entry.sequence.append(token.position, token.token_id)
+
+    def _add_prompt_logprobs(
+        self, placed: Rows[PlacedRow], hidden: Tensor, answers: dict[int, _Answer]
+    ) -> None:
+        """Plain log-probabilities of known tokens: bias and penalties shape choices only."""
+        wanted = [(entry, p) for entry in placed for p in entry.row.logprob_positions]
+        for some in _slices(wanted, _PROMPT_SLICE):
+            logits = self._logits(hidden[_indices(some, hidden)])
+            finite = torch.isfinite(logits).all(dim=1).tolist()
+            logprobs = logits.log_softmax(dim=1)
+            for i, (entry, position) in enumerate(some):
+                answer = answers[id(entry.row)]
+                if not finite[i]:
+                    answer.failed = True
+                    continue
+                token = entry.sequence.token_at(position + 1)
+                alternatives = entry.sequence.state.sampling.num_prompt_logprobs or 0
+                answer.prompt_logprobs.append(
+                    describe(logprobs[i], position + 1, token, alternatives)
+                )
+
+
+def _request(entry: PlacedRow, position: int) -> SampleRequest:
+    state = entry.sequence.state
+    return SampleRequest(
+        position=position + 1,
+        spec=state.sampling,
+        prompt_token_ids=state.prompt_token_ids,
+        output_token_ids=entry.sequence.history(position),
+    )
+
+
+def _indices(wanted: Iterable[tuple[PlacedRow, int]], hidden: Tensor) -> Tensor:
+    return torch.tensor(
+        [entry.first + position - entry.row.start for entry, position in wanted],
+        device=hidden.device,
+    )
+
+
+def _slices(
+    wanted: list[tuple[PlacedRow, int]], size: int
+) -> Iterable[list[tuple[PlacedRow, int]]]:
+    return (wanted[start : start + size] for start in range(0, len(wanted), size))
+
+
+def _result(sequence_id: int, run: int, answer: _Answer) -> RowResult:
+    if answer.failed:
+        return RowResult(sequence_id, run, error=NOT_FINITE)
+    return RowResult(sequence_id, run, tuple(answer.sampled), tuple(answer.prompt_logprobs))
