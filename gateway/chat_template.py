@@ -72,7 +72,7 @@ def _to_json(
     )
 
 
-def _strftime_now(format: str) -> str:
+def _strftime_now(format: str) -> str:  # noqa: A002 - its name in templates
     return datetime.now().strftime(format)
 
 

@@ -112,4 +112,4 @@ def _parts(decoder: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
 def _strips(part: Mapping[str, Any]) -> bool:
     if part["type"] == "Metaspace":
         return part.get("prepend_scheme") != "never"
-    return part["type"] == "Strip" and part.get("start", 0) > 0
+    return part["type"] == "Strip" and int(part.get("start", 0)) > 0

@@ -1,0 +1,99 @@
+"""The TextGeneration service over gRPC. The deadline and the life of a call are the request's."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import grpc.aio
+import structlog
+
+from gateway.grpc_messages import (
+    event_to_proto,
+    model_to_proto,
+    request_from_proto,
+    text_prompt,
+)
+from gateway.prepare import check_token_ids
+from gateway.service import GenerationService
+from protos import text_generation_pb2 as pb
+from protos import text_generation_pb2_grpc as pb_grpc
+from stagemesh.errors import InternalError, StageMeshError
+from stagemesh.logs import request_context
+from stagemesh.rpc import abort_with
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["TextGeneration"].full_name
+
+_log = structlog.get_logger(__name__)
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class TextGenerationServicer(pb_grpc.TextGenerationServicer):
+    """Maps every StageMeshError to its status; anything else is logged and is INTERNAL."""
+
+    def __init__(self, service: GenerationService) -> None:
+        self._service = service
+        self._numbers = itertools.count(1)
+
+    async def Generate(  # noqa: N802 - the name of the rpc
+        self, request: pb.GenerateRequest, context: Context
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        request_id = request.request_id or f"grpc-{next(self._numbers)}"
+        with request_context(request_id):
+            try:
+                async for response in self._generate(request, request_id, context):
+                    yield response
+            except Exception as error:
+                await abort_with(context, _known(error))
+
+    async def _generate(
+        self, request: pb.GenerateRequest, request_id: str, context: Context
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        asked = request_from_proto(request, request_id, context.time_remaining())
+        token_text = self._service.model.tokenizer.token_text
+        async with self._service.accept([asked]) as (choice,):
+            async for event in choice.events():
+                yield event_to_proto(event, token_text, asked.output)
+
+    async def GetModel(  # noqa: N802
+        self, request: pb.GetModelRequest, context: Context
+    ) -> pb.GetModelResponse:
+        try:
+            self._service.model.check_name(request.model)
+        except StageMeshError as error:
+            await abort_with(context, error)
+        view = self._service.mesh.view
+        return model_to_proto(self._service.model, view.identity, self._service.max_model_len)
+
+    async def Tokenize(  # noqa: N802
+        self, request: pb.TokenizeRequest, context: Context
+    ) -> pb.TokenizeResponse:
+        try:
+            self._service.model.check_name(request.model)
+            add = request.add_special_tokens if request.HasField("add_special_tokens") else None
+            prompt = text_prompt(request, add)
+            token_ids, _ = await self._service.preparer.prompt_token_ids(prompt)
+        except Exception as error:
+            await abort_with(context, _known(error))
+        return pb.TokenizeResponse(token_ids=token_ids, max_model_len=self._service.max_model_len)
+
+    async def Detokenize(  # noqa: N802
+        self, request: pb.DetokenizeRequest, context: Context
+    ) -> pb.DetokenizeResponse:
+        model = self._service.model
+        try:
+            model.check_name(request.model)
+            check_token_ids("token_ids", request.token_ids, model.vocab_size)
+        except StageMeshError as error:
+            await abort_with(context, error)
+        text = model.tokenizer.decode(request.token_ids, skip_special=request.skip_special_tokens)
+        return pb.DetokenizeResponse(text=text)
+
+
+def _known(error: Exception) -> StageMeshError:
+    if isinstance(error, StageMeshError):
+        return error
+    _log.error("a call failed", exc_info=error)
+    return InternalError("the gateway failed at this request")

@@ -1,0 +1,162 @@
+"""One life of the stream to the scheduler: register, heartbeats, one writer, one reader.
+
+Knows messages, not what becomes of requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+
+from gateway.held_request import HeldRequest
+from protos import mesh_pb2, mesh_pb2_grpc
+from stagemesh.errors import MeshUnavailable, ProtocolError
+from stagemesh.wire import PROTOCOL_VERSION, error_from_proto, sampling_to_proto
+
+_LOAD_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class MeshView:
+    """The mesh as the scheduler describes it; see MeshState in mesh.proto."""
+
+    serving: bool = False
+    model: str = ""
+    identity: str = ""
+    max_model_len: int = 0
+    num_pipelines: int = 0
+    detail: str = ""
+
+    @classmethod
+    def from_proto(cls, message: mesh_pb2.MeshState) -> MeshView:
+        return cls(
+            message.serving,
+            message.model,
+            message.identity,
+            message.max_model_len,
+            message.num_pipelines,
+            message.detail,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLoad:
+    """Counters of the scheduler, for metrics. Blocks are summed over pipelines."""
+
+    num_waiting: int
+    num_running: int
+    num_blocks: int
+    num_free_blocks: int
+    num_cached_blocks: int
+    num_preempted: int
+
+
+async def get_load(channel: grpc.aio.Channel) -> SchedulerLoad | None:
+    """None where the scheduler does not answer soon."""
+    stub = mesh_pb2_grpc.SchedulerStub(channel)  # type: ignore[no-untyped-call]
+    try:
+        status = await stub.GetStatus(mesh_pb2.GetStatusRequest(), timeout=_LOAD_TIMEOUT_S)
+    except grpc.aio.AioRpcError:
+        return None
+    return SchedulerLoad(
+        num_waiting=status.queue.num_waiting,
+        num_running=status.queue.num_running,
+        num_blocks=sum(pipeline.num_blocks for pipeline in status.pipelines),
+        num_free_blocks=sum(pipeline.num_free_blocks for pipeline in status.pipelines),
+        num_cached_blocks=sum(pipeline.num_cached_blocks for pipeline in status.pipelines),
+        num_preempted=status.queue.num_preempted,
+    )
+
+
+class MeshSession:
+    """From `open` to the stream's end. Messages are queued without waiting, one task writes them.
+
+    The queue is bounded by what the gateway admits: two messages a request and a heartbeat.
+    """
+
+    def __init__(self, channel: grpc.aio.Channel, gateway_id: str, incarnation: int) -> None:
+        stub = mesh_pb2_grpc.SchedulerStub(channel)  # type: ignore[no-untyped-call]
+        self._call = stub.AttachGateway()
+        self._outbox: asyncio.Queue[mesh_pb2.GatewayMessage] = asyncio.Queue()
+        self._heartbeat_s = 1.0
+        self._register = mesh_pb2.RegisterGateway(
+            protocol_version=PROTOCOL_VERSION, gateway_id=gateway_id, incarnation=incarnation
+        )
+
+    async def open(self, timeout_s: float) -> mesh_pb2.WelcomeGateway:
+        """Registers. Raises a StageMeshError or AioRpcError where that does not work in time."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._call.write(mesh_pb2.GatewayMessage(register=self._register))
+                answer = await self._call.read()
+        except TimeoutError as error:
+            self.close()
+            raise MeshUnavailable(f"the scheduler did not answer within {timeout_s:g} s") from error
+        except asyncio.InvalidStateError as error:
+            raise MeshUnavailable("the scheduler cannot be reached") from error
+        except BaseException:
+            self.close()
+            raise
+        return self._welcomed(answer)
+
+    def _welcomed(self, answer: object) -> mesh_pb2.WelcomeGateway:
+        if not isinstance(answer, mesh_pb2.GatewayEvent):
+            raise MeshUnavailable("the scheduler ended the stream")
+        if answer.WhichOneof("event") == "refused":
+            raise error_from_proto(answer.refused)
+        if answer.WhichOneof("event") != "welcome":
+            raise ProtocolError("the scheduler's first message was no welcome")
+        self._heartbeat_s = max(answer.welcome.heartbeat_interval_ms, 10) / 1000
+        return answer.welcome
+
+    async def run(self, on_event: Callable[[mesh_pb2.GatewayEvent], None]) -> None:
+        """Until the stream ends, which is always an error, alone or in a group."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._write())
+            tasks.create_task(self._beat())
+            async for event in self._call:
+                on_event(event)
+            raise MeshUnavailable("the scheduler ended the stream")
+
+    def close(self) -> None:
+        self._call.cancel()
+
+    def submit(self, held: HeldRequest) -> None:
+        submission = held.submission
+        message = mesh_pb2.SubmitRequest(
+            request=held.number,
+            attempt=held.attempt,
+            label=submission.label,
+            model=submission.model,
+            prompt_token_ids=submission.prompt_token_ids,
+            output_token_ids=held.output_ids,
+            sampling=sampling_to_proto(held.sampling_to_resume()),
+            max_tokens=submission.max_tokens,
+            priority=submission.priority,
+        )
+        if submission.deadline_s is not None:
+            remaining_s = submission.deadline_s - asyncio.get_running_loop().time()
+            message.remaining_ns = max(0, int(remaining_s * 1e9))
+        self._outbox.put_nowait(mesh_pb2.GatewayMessage(submit=message))
+
+    def abort(self, held: HeldRequest) -> None:
+        message = mesh_pb2.AbortRequest(request=held.number, attempt=held.attempt)
+        self._outbox.put_nowait(mesh_pb2.GatewayMessage(abort=message))
+
+    async def _write(self) -> None:
+        try:
+            while True:
+                await self._call.write(await self._outbox.get())
+        except asyncio.InvalidStateError as error:  # written to after it ended
+            raise MeshUnavailable("the scheduler ended the stream") from error
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(self._heartbeat_s)
+            if self._outbox.empty():  # any message shows that this gateway lives
+                beat = mesh_pb2.GatewayHeartbeat()
+                self._outbox.put_nowait(mesh_pb2.GatewayMessage(heartbeat=beat))
