@@ -163,7 +163,7 @@ def parse_groups(
     declared = {option.name: option for cls in classes for option in options_of(cls)}
     parser = _parser(list(declared.values()), prog, description)
     flags = _parse_flags(parser, sys.argv[1:] if argv is None else argv)
-    path = flags.pop("config", None) or environ.get("STAGEMESH_CONFIG")
+    path = flags.get("config") or environ.get("STAGEMESH_CONFIG")
     file = OptionFile.read(Path(path).expanduser()) if path else OptionFile.empty()
     settings = file.settings(role or prog.split()[-1], list(declared))
     given: dict[str, Any] = {}
@@ -250,9 +250,10 @@ def _parser(
             choices = "{" + ",".join(each.choices) + "}" if each.choices else None
             extra |= {"dest": each.name, "metavar": choices or each.kind.value}
         parser.add_argument(each.flag, **extra)
-    parser.add_argument(
-        "--config", metavar="FILE", default=argparse.SUPPRESS, help="TOML file with options"
-    )
+    if not any(each.name == "config" for each in declared):
+        parser.add_argument(
+            "--config", metavar="FILE", default=argparse.SUPPRESS, help="TOML file with options"
+        )
     return parser
 
 

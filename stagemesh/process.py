@@ -26,7 +26,7 @@ T = TypeVar("T")
 OnReady = Callable[[Mapping[str, object]], None]
 Serve = Callable[[T, OnReady], Awaitable[None]]
 
-_LOG_FORMATS = {"auto": None, "console": False, "json": True}
+LOG_FORMATS = {"auto": None, "console": False, "json": True}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +35,7 @@ class ProcessOptions:
 
     log_level: str = option("info", help="least severe level that is logged", choices=LEVELS)
     log_format: str = option(
-        "auto", help="auto: console on a terminal, else json", choices=tuple(_LOG_FORMATS)
+        "auto", help="auto: console on a terminal, else json", choices=tuple(LOG_FORMATS)
     )
     ready_file: Path | None = option(
         None, help="file to write, whole, when the service is reachable: JSON with its address"
@@ -61,12 +61,12 @@ def run_service(
         process, options = parse_groups(
             (ProcessOptions, options_class), argv, prog=f"stagemesh {role}"
         )
-        configure_logging(role, json=_LOG_FORMATS[process.log_format], level=process.log_level)
+        configure_logging(role, json=LOG_FORMATS[process.log_format], level=process.log_level)
         asyncio.run(_until_signalled(serve, options, _announcer(process.ready_file, supervisor)))
     except KeyboardInterrupt:
         return 0
     except BaseExceptionGroup as group:
-        return _fail(role, _root_cause(group), supervisor)
+        return _fail(role, root_cause(group), supervisor)
     except Exception as error:
         return _fail(role, error, supervisor)
     return 0
@@ -108,11 +108,11 @@ async def _until_signalled(serve: Serve[T], options: T, on_ready: OnReady) -> No
             raise
 
 
-def _root_cause(error: BaseException) -> BaseException:
+def root_cause(error: BaseException) -> BaseException:
     """The error of a group that tells a user most: the first of ours, else the first."""
     if not isinstance(error, BaseExceptionGroup):
         return error
-    leaves = [_root_cause(each) for each in error.exceptions]
+    leaves = [root_cause(each) for each in error.exceptions]
     return next((leaf for leaf in leaves if isinstance(leaf, StageMeshError)), leaves[0])
 
 

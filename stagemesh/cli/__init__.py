@@ -1,0 +1,1 @@
+"""The `stagemesh` command. Knows the services by the modules that run them, and nothing in them."""

@@ -1,0 +1,90 @@
+"""How each service of a mesh on this host is started: its command line and its environment."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from stagemesh.addresses import join_address
+from stagemesh.cli.up_options import UpOptions
+from stagemesh.options import options_of
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    role: str
+    name: str
+    command: tuple[str, ...]
+    environ: Mapping[str, str]
+
+
+def scheduler(options: UpOptions) -> Service:
+    flags = {
+        "--listen": join_address(options.host, options.scheduler_port),
+        "--stages": options.stages,
+        "--replicas": options.replicas,
+        "--max-step-tokens": options.max_step_tokens,
+        "--max-chunk-tokens": options.max_chunk_tokens,
+    }
+    return _service("scheduler", "scheduler", flags, options)
+
+
+def gateway(options: UpOptions, scheduler_address: str) -> Service:
+    flags = {
+        "--scheduler": scheduler_address,
+        "--model": options.model_dir(),
+        "--host": options.host,
+        "--grpc-port": options.grpc_port,
+        "--http-port": options.http_port,
+        "--drain-timeout": f"{options.drain_timeout_s}s",
+    }
+    return _service("gateway", "gateway", flags, options)
+
+
+def worker(options: UpOptions, scheduler_address: str, index: int) -> Service:
+    flags = {
+        "--scheduler": scheduler_address,
+        "--model": options.model_dir(),
+        "--worker-id": f"worker-{index}",
+        "--listen": "127.0.0.1:0",
+        "--device": options.device,
+        "--dtype": options.dtype,
+        "--max-kv-memory": options.max_kv_memory_bytes,
+        "--block-size": options.block_size_tokens,
+        "--batch-invariant": options.batch_invariant,
+    }
+    return _service("worker", f"worker-{index}", flags, options)
+
+
+_MODULES = {"scheduler": "scheduler", "gateway": "gateway", "worker": "stage_worker"}
+
+
+def _service(
+    role: str, name: str, flags: Mapping[str, object | None], options: UpOptions
+) -> Service:
+    command = [sys.executable, "-m", _MODULES[role]]
+    for flag, value in {**flags, "--log-format": "json"}.items():
+        command += _words(flag, value)
+    return Service(role, name, tuple(command), _environ(options))
+
+
+def _words(flag: str, value: object | None) -> list[str]:
+    if value is None:
+        return []
+    if isinstance(value, bool):
+        return [flag if value else flag.replace("--", "--no-", 1)]
+    return [flag, str(value)]
+
+
+def _environ(options: UpOptions) -> dict[str, str]:
+    """This process's, without what was meant for `up` itself."""
+    own = {option.variable for option in options_of(UpOptions)}
+    environ = {name: value for name, value in os.environ.items() if name not in own}
+    if options.config is not None:
+        environ["STAGEMESH_CONFIG"] = str(options.config)
+    # Workers of one host share its cores; a thread that waits must not spin on another's.
+    environ["OMP_NUM_THREADS"] = str(options.threads())
+    environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    return environ

@@ -1,0 +1,150 @@
+"""The state of a mesh as tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from protos import mesh_pb2, plan_pb2
+
+_STATE_STYLES = {"serving": "green", "loading": "yellow", "idle": "dim"}
+
+
+def render(status: mesh_pb2.GetStatusResponse) -> RenderableType:
+    parts: list[RenderableType] = [_mesh(status), _workers(status.workers)]
+    parts += [_pipeline(pipeline) for pipeline in status.pipelines]
+    return Group(*_spaced([*parts, _queue(status.queue)]))
+
+
+def _spaced(parts: Iterable[RenderableType]) -> list[RenderableType]:
+    return [each for part in parts for each in (part, Text())]
+
+
+def _mesh(status: mesh_pb2.GetStatusResponse) -> Text:
+    mesh = status.mesh
+    line = Text()
+    line.append(mesh.model or "no model yet", style="bold")
+    line.append(
+        "  serving" if mesh.serving else "  not serving", "green" if mesh.serving else "red"
+    )
+    if mesh.detail:
+        line.append(f"  {mesh.detail}", style="yellow")
+    line.append(f"  context {mesh.max_model_len}" if mesh.max_model_len else "", style="dim")
+    line.append(f"  gateways {status.num_gateways}", style="dim")
+    line.append(f"  up {_duration(status.uptime_ns)}", style="dim")
+    return line
+
+
+def _workers(workers: Iterable[mesh_pb2.WorkerStatus]) -> Table:
+    table = _table("worker", "state", "layers", "device", "address", "pid")
+    _number_columns(table, "weights MiB", "RSS MiB", "steps", "busy %")
+    for worker in workers:
+        state = _state(worker)
+        stats = worker.stats
+        table.add_row(
+            worker.worker_id,
+            Text(state, style=_STATE_STYLES.get(state.split()[0], "")),
+            f"{worker.span.start}:{worker.span.end}" if worker.span.end else "",
+            f"{worker.device} {_dtype(worker.dtype)}".strip(),
+            worker.address,
+            str(worker.pid),
+            _mib(worker.weight_bytes),
+            _mib(stats.rss_anon_bytes),
+            str(stats.steps_executed),
+            _share(stats.compute_ns, stats.compute_ns + stats.idle_ns),
+        )
+    return table
+
+
+def _pipeline(pipeline: mesh_pb2.PipelineStatus) -> Group:
+    epoch = pipeline.epoch
+    used = pipeline.num_blocks - pipeline.num_free_blocks
+    line = Text()
+    line.append(f"pipeline {pipeline.pipeline_id}", style="bold")
+    line.append("  serving" if pipeline.serving else "  waiting for workers")
+    line.append(
+        f"  epoch {epoch.term}.{epoch.n}  running {pipeline.num_running}"
+        f"  steps {pipeline.steps_done} (+{pipeline.steps_in_flight} in flight)"
+        f"  KV {used}/{pipeline.num_blocks} blocks"
+        f" ({_share(used, pipeline.num_blocks)} %, {pipeline.num_cached_blocks} cached)",
+        style="dim",
+    )
+    table = _table("stage", "worker")
+    _number_columns(table, "receive ms", "queue ms", "compute ms", "serialise ms", "idle ms", "KiB")
+    timings = {timing.stage: timing for timing in pipeline.mean_timings}
+    for stage, worker_id in enumerate(pipeline.worker_ids):
+        table.add_row(str(stage), worker_id, *_hop(timings.get(stage)))
+    return Group(line, table)
+
+
+def _hop(timing: plan_pb2.HopTiming | None) -> list[str]:
+    if timing is None:
+        return []
+    times_ns = (
+        timing.receive_ns,
+        timing.queue_ns,
+        timing.compute_ns,
+        timing.serialise_ns,
+        timing.idle_ns,
+    )
+    return [f"{ns / 1e6:.2f}" for ns in times_ns] + [f"{timing.received_bytes / 1024:.1f}"]
+
+
+def _queue(queue: mesh_pb2.QueueStatus) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_row("requests", f"{queue.num_running} running", f"{queue.num_waiting} waiting")
+    table.add_row(
+        "since start",
+        f"{queue.num_finished} finished",
+        f"{queue.num_aborted} cancelled",
+        f"{queue.num_failed} failed",
+        f"{queue.num_refused} refused",
+        f"{queue.num_preempted} preempted",
+    )
+    table.add_row(
+        "tokens/s",
+        f"{queue.generated_tokens_per_s:.1f} generated",
+        f"{queue.prompt_tokens_per_s:.1f} prompt",
+        f"{_share(queue.cached_prompt_tokens, queue.prompt_tokens)} % of prompts cached",
+    )
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    return table
+
+
+def _number_columns(table: Table, *columns: str) -> None:
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+
+
+def _state(worker: mesh_pb2.WorkerStatus) -> str:
+    name = mesh_pb2.WorkerState.Name(worker.state).removeprefix("WORKER_STATE_").lower()
+    if worker.state == mesh_pb2.WORKER_STATE_LOADING:
+        return f"{name} {worker.load_fraction:.0%}"
+    return name
+
+
+def _dtype(dtype: plan_pb2.DType) -> str:
+    return "" if not dtype else plan_pb2.DType.Name(dtype).removeprefix("DTYPE_").lower()
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.0f}" if num_bytes else ""
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.0f}" if whole else "0"
+
+
+def _duration(duration_ns: int) -> str:
+    seconds = duration_ns // 10**9
+    hours, minutes = divmod(seconds // 60, 60)
+    return f"{hours}:{minutes:02}:{seconds % 60:02}"

@@ -1,0 +1,116 @@
+"""`stagemesh up`: a whole mesh on this host, until Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import signal
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+from stagemesh.cli.local_mesh import Endpoints, LocalMesh
+from stagemesh.cli.up_options import UpOptions
+from stagemesh.cli.up_view import UpView
+from stagemesh.cli.worker import require_worker_extra
+from stagemesh.errors import ConfigError
+from stagemesh.logs import configure_logging
+from stagemesh.model_spec import ModelSpec
+from stagemesh.options import parse_options
+from stagemesh.process import LOG_FORMATS, write_whole
+
+WhileServing = Callable[[Endpoints], Awaitable[None]]
+
+
+def run(argv: Sequence[str]) -> int:
+    options = parse_options(
+        UpOptions,
+        argv,
+        prog="stagemesh up",
+        description="Starts a whole mesh on this host: scheduler, gateway and stage workers.",
+    )
+
+    async def until_stopped(endpoints: Endpoints) -> None:
+        _announce(options, endpoints)
+        await asyncio.Event().wait()
+
+    return run_mesh(options, until_stopped)
+
+
+def run_mesh(options: UpOptions, while_serving: WhileServing) -> int:
+    """A mesh for as long as `while_serving` takes, or until SIGINT or SIGTERM.
+
+    Raises StageMeshError when the mesh cannot be formed or does not last.
+    """
+    check_model(options)
+    _prepare_directories(options)
+    configure_logging("up", json=LOG_FORMATS[options.log_format], level=options.log_level or "info")
+    asyncio.run(_run(options, while_serving))
+    return 0
+
+
+def check_model(options: UpOptions) -> None:
+    """Raises at once what a worker would only find out after it has started."""
+    require_worker_extra()
+    spec = ModelSpec.from_directory(options.model_dir())
+    if options.stages > spec.num_layers:
+        raise ConfigError(
+            f"--stages {options.stages}: the model has {spec.num_layers} layers, "
+            "a stage needs one at least"
+        )
+
+
+async def _run(options: UpOptions, while_serving: WhileServing) -> None:
+    view = UpView(options)
+    mesh = LocalMesh(options, view)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, mesh.stop)
+
+    async def serving(endpoints: Endpoints) -> None:
+        view.end_progress()
+        await while_serving(endpoints)
+
+    view.begin()
+    try:
+        await mesh.run(serving)
+    finally:
+        view.end_progress()
+        _forget(options.ready_file)
+
+
+def _prepare_directories(options: UpOptions) -> None:
+    _forget(options.ready_file)
+    if options.log_dir is not None:
+        options.log_dir.mkdir(parents=True, exist_ok=True)
+
+
+def _forget(ready_file: Path | None) -> None:
+    """A ready file says that the mesh serves, so it may not outlive it."""
+    if ready_file is not None:
+        ready_file.unlink(missing_ok=True)
+
+
+def _announce(options: UpOptions, endpoints: Endpoints) -> None:
+    if options.ready_file is not None:
+        write_whole(options.ready_file, json.dumps(dataclasses.asdict(endpoints), indent=2) + "\n")
+    print(_welcome(options, endpoints), flush=True)
+
+
+def _welcome(options: UpOptions, endpoints: Endpoints) -> str:
+    stages = "1 stage" if options.stages == 1 else f"{options.stages} stages"
+    replicas = "" if options.replicas == 1 else f", {options.replicas} replicas"
+    target = "" if endpoints.grpc.endswith(":50051") else f" --target {endpoints.grpc}"
+    return "\n".join(
+        [
+            "",
+            f"StageMesh serves {options.model_dir().name} in {stages}{replicas}.",
+            f"  gRPC       {endpoints.grpc}",
+            f"  HTTP       http://{endpoints.http}/v1",
+            f"  scheduler  {endpoints.scheduler}",
+            "",
+            f'Try        stagemesh generate "Once upon a time"{target}',
+            "Stop it    Ctrl-C",
+            "",
+        ]
+    )
