@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cprotos/text_generation.proto\x12\x0cstagemesh.v1\"\xc6\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x16.stagemesh.v1.TokenIdsH\x00\x12(\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x18.stagemesh.v1.ChatPromptH\x00\x12.\n\x08sampling\x18\x06 \x01(\x0b\x32\x1c.stagemesh.v1.SamplingParams\x12\x30\n\x08stopping\x18\x07 \x01(\x0b\x32\x1e.stagemesh.v1.StoppingCriteria\x12+\n\x06output\x18\x08 \x01(\x0b\x32\x1b.stagemesh.v1.OutputOptions\x12\x10\n\x08priority\x18\t \x01(\x05\x42\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x97\x01\n\nChatPrompt\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.stagemesh.v1.ChatMessage\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x1e\n\x16\x63ontinue_final_message\x18\x03 \x01(\x08\x42\x18\n\x16_add_generation_prompt\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xc5\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12?\n\nlogit_bias\x18\x08 \x03(\x0b\x32+.stagemesh.v1.SamplingParams.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x04H\x07\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"\xf0\x01\n\x10StoppingCriteria\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x17\n\nignore_eos\x18\x05 \x01(\x08H\x02\x88\x01\x01\x12#\n\x16include_stop_in_output\x18\x06 \x01(\x08H\x03\x88\x01\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x19\n\x17_include_stop_in_output\"z\n\rOutputOptions\x12\x15\n\x08logprobs\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x0b\x65\x63ho_prompt\x18\x02 \x01(\x08\x12\x1c\n\x0fprompt_logprobs\x18\x03 \x01(\rH\x01\x88\x01\x01\x42\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\xa6\x01\n\x10GenerateResponse\x12)\n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32\x18.stagemesh.v1.TokenDeltaH\x00\x12\x32\n\x07summary\x18\x02 \x01(\x0b\x32\x1f.stagemesh.v1.GenerationSummaryH\x00\x12*\n\x06prompt\x18\x03 \x01(\x0b\x32\x18.stagemesh.v1.PromptEchoH\x00\x42\x07\n\x05\x65vent\"\\\n\nPromptEcho\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12-\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1b.stagemesh.v1.TokenLogprobs\"k\n\nTokenDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12-\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1b.stagemesh.v1.TokenLogprobs\"m\n\rTokenLogprobs\x12*\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x1a.stagemesh.v1.TokenLogprob\x12\x30\n\x0c\x61lternatives\x18\x02 \x03(\x0b\x32\x1a.stagemesh.v1.TokenLogprob\"?\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\"\xf0\x01\n\x11GenerationSummary\x12\x31\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x1a.stagemesh.v1.FinishReason\x12\"\n\x05usage\x18\x02 \x01(\x0b\x32\x13.stagemesh.v1.Usage\x12&\n\x07timings\x18\x03 \x01(\x0b\x32\x15.stagemesh.v1.Timings\x12\x13\n\tstop_text\x18\x04 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x05 \x01(\rH\x00\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x42\x0c\n\nstop_cause\"W\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\r\"E\n\x07Timings\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x16\n\x0e\x66irst_token_ns\x18\x02 \x01(\x04\x12\x10\n\x08total_ns\x18\x03 \x01(\x04\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xc8\x01\n\x10GetModelResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08identity\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\x12\x19\n\x11has_chat_template\x18\x06 \x01(\x08\x12\x36\n\x10\x64\x65\x66\x61ult_sampling\x18\x07 \x01(\x0b\x32\x1c.stagemesh.v1.SamplingParams\"\x9c\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x18.stagemesh.v1.ChatPromptH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x08\n\x06promptB\x15\n\x13_add_special_tokens\"<\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\"R\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x1b\n\x13skip_special_tokens\x18\x03 \x01(\x08\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xc4\x02\n\x0eTextGeneration\x12K\n\x08Generate\x12\x1d.stagemesh.v1.GenerateRequest\x1a\x1e.stagemesh.v1.GenerateResponse0\x01\x12I\n\x08GetModel\x12\x1d.stagemesh.v1.GetModelRequest\x1a\x1e.stagemesh.v1.GetModelResponse\x12I\n\x08Tokenize\x12\x1d.stagemesh.v1.TokenizeRequest\x1a\x1e.stagemesh.v1.TokenizeResponse\x12O\n\nDetokenize\x12\x1f.stagemesh.v1.DetokenizeRequest\x1a .stagemesh.v1.DetokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cprotos/text_generation.proto\x12\x0cstagemesh.v1\"\xc6\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x16.stagemesh.v1.TokenIdsH\x00\x12(\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x18.stagemesh.v1.ChatPromptH\x00\x12.\n\x08sampling\x18\x06 \x01(\x0b\x32\x1c.stagemesh.v1.SamplingParams\x12\x30\n\x08stopping\x18\x07 \x01(\x0b\x32\x1e.stagemesh.v1.StoppingCriteria\x12+\n\x06output\x18\x08 \x01(\x0b\x32\x1b.stagemesh.v1.OutputOptions\x12\x10\n\x08priority\x18\t \x01(\x05\x42\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x97\x01\n\nChatPrompt\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.stagemesh.v1.ChatMessage\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x1e\n\x16\x63ontinue_final_message\x18\x03 \x01(\x08\x42\x18\n\x16_add_generation_prompt\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xc5\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12?\n\nlogit_bias\x18\x08 \x03(\x0b\x32+.stagemesh.v1.SamplingParams.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x04H\x07\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"\xf0\x01\n\x10StoppingCriteria\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x17\n\nignore_eos\x18\x05 \x01(\x08H\x02\x88\x01\x01\x12#\n\x16include_stop_in_output\x18\x06 \x01(\x08H\x03\x88\x01\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x19\n\x17_include_stop_in_output\"z\n\rOutputOptions\x12\x15\n\x08logprobs\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x0b\x65\x63ho_prompt\x18\x02 \x01(\x08\x12\x1c\n\x0fprompt_logprobs\x18\x03 \x01(\rH\x01\x88\x01\x01\x42\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"z\n\x10GenerateResponse\x12)\n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32\x18.stagemesh.v1.TokenDeltaH\x00\x12\x32\n\x07summary\x18\x02 \x01(\x0b\x32\x1f.stagemesh.v1.GenerationSummaryH\x00\x42\x07\n\x05\x65vent\"\\\n\nPromptEcho\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12-\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1b.stagemesh.v1.TokenLogprobs\"\x95\x01\n\nTokenDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12-\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1b.stagemesh.v1.TokenLogprobs\x12(\n\x06prompt\x18\x05 \x01(\x0b\x32\x18.stagemesh.v1.PromptEcho\"m\n\rTokenLogprobs\x12*\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x1a.stagemesh.v1.TokenLogprob\x12\x30\n\x0c\x61lternatives\x18\x02 \x03(\x0b\x32\x1a.stagemesh.v1.TokenLogprob\"?\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\"\xf0\x01\n\x11GenerationSummary\x12\x31\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x1a.stagemesh.v1.FinishReason\x12\"\n\x05usage\x18\x02 \x01(\x0b\x32\x13.stagemesh.v1.Usage\x12&\n\x07timings\x18\x03 \x01(\x0b\x32\x15.stagemesh.v1.Timings\x12\x13\n\tstop_text\x18\x04 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x05 \x01(\rH\x00\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x42\x0c\n\nstop_cause\"W\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\r\"E\n\x07Timings\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x16\n\x0e\x66irst_token_ns\x18\x02 \x01(\x04\x12\x10\n\x08total_ns\x18\x03 \x01(\x04\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xc8\x01\n\x10GetModelResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08identity\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\x12\x19\n\x11has_chat_template\x18\x06 \x01(\x08\x12\x36\n\x10\x64\x65\x66\x61ult_sampling\x18\x07 \x01(\x0b\x32\x1c.stagemesh.v1.SamplingParams\"\x9c\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x18.stagemesh.v1.ChatPromptH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x08\n\x06promptB\x15\n\x13_add_special_tokens\"<\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\"R\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x1b\n\x13skip_special_tokens\x18\x03 \x01(\x08\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xc4\x02\n\x0eTextGeneration\x12K\n\x08Generate\x12\x1d.stagemesh.v1.GenerateRequest\x1a\x1e.stagemesh.v1.GenerateResponse0\x01\x12I\n\x08GetModel\x12\x1d.stagemesh.v1.GetModelRequest\x1a\x1e.stagemesh.v1.GetModelResponse\x12I\n\x08Tokenize\x12\x1d.stagemesh.v1.TokenizeRequest\x1a\x1e.stagemesh.v1.TokenizeResponse\x12O\n\nDetokenize\x12\x1f.stagemesh.v1.DetokenizeRequest\x1a .stagemesh.v1.DetokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=2952
-  _globals['_FINISHREASON']._serialized_end=3047
+  _globals['_FINISHREASON']._serialized_start=2950
+  _globals['_FINISHREASON']._serialized_end=3045
   _globals['_GENERATEREQUEST']._serialized_start=47
   _globals['_GENERATEREQUEST']._serialized_end=373
   _globals['_TOKENIDS']._serialized_start=375
@@ -51,34 +51,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STOPPINGCRITERIA']._serialized_end=1297
   _globals['_OUTPUTOPTIONS']._serialized_start=1299
   _globals['_OUTPUTOPTIONS']._serialized_end=1421
-  _globals['_GENERATERESPONSE']._serialized_start=1424
-  _globals['_GENERATERESPONSE']._serialized_end=1590
-  _globals['_PROMPTECHO']._serialized_start=1592
-  _globals['_PROMPTECHO']._serialized_end=1684
-  _globals['_TOKENDELTA']._serialized_start=1686
-  _globals['_TOKENDELTA']._serialized_end=1793
-  _globals['_TOKENLOGPROBS']._serialized_start=1795
-  _globals['_TOKENLOGPROBS']._serialized_end=1904
-  _globals['_TOKENLOGPROB']._serialized_start=1906
-  _globals['_TOKENLOGPROB']._serialized_end=1969
-  _globals['_GENERATIONSUMMARY']._serialized_start=1972
-  _globals['_GENERATIONSUMMARY']._serialized_end=2212
-  _globals['_USAGE']._serialized_start=2214
-  _globals['_USAGE']._serialized_end=2301
-  _globals['_TIMINGS']._serialized_start=2303
-  _globals['_TIMINGS']._serialized_end=2372
-  _globals['_GETMODELREQUEST']._serialized_start=2374
-  _globals['_GETMODELREQUEST']._serialized_end=2406
-  _globals['_GETMODELRESPONSE']._serialized_start=2409
-  _globals['_GETMODELRESPONSE']._serialized_end=2609
-  _globals['_TOKENIZEREQUEST']._serialized_start=2612
-  _globals['_TOKENIZEREQUEST']._serialized_end=2768
-  _globals['_TOKENIZERESPONSE']._serialized_start=2770
-  _globals['_TOKENIZERESPONSE']._serialized_end=2830
-  _globals['_DETOKENIZEREQUEST']._serialized_start=2832
-  _globals['_DETOKENIZEREQUEST']._serialized_end=2914
-  _globals['_DETOKENIZERESPONSE']._serialized_start=2916
-  _globals['_DETOKENIZERESPONSE']._serialized_end=2950
-  _globals['_TEXTGENERATION']._serialized_start=3050
-  _globals['_TEXTGENERATION']._serialized_end=3374
+  _globals['_GENERATERESPONSE']._serialized_start=1423
+  _globals['_GENERATERESPONSE']._serialized_end=1545
+  _globals['_PROMPTECHO']._serialized_start=1547
+  _globals['_PROMPTECHO']._serialized_end=1639
+  _globals['_TOKENDELTA']._serialized_start=1642
+  _globals['_TOKENDELTA']._serialized_end=1791
+  _globals['_TOKENLOGPROBS']._serialized_start=1793
+  _globals['_TOKENLOGPROBS']._serialized_end=1902
+  _globals['_TOKENLOGPROB']._serialized_start=1904
+  _globals['_TOKENLOGPROB']._serialized_end=1967
+  _globals['_GENERATIONSUMMARY']._serialized_start=1970
+  _globals['_GENERATIONSUMMARY']._serialized_end=2210
+  _globals['_USAGE']._serialized_start=2212
+  _globals['_USAGE']._serialized_end=2299
+  _globals['_TIMINGS']._serialized_start=2301
+  _globals['_TIMINGS']._serialized_end=2370
+  _globals['_GETMODELREQUEST']._serialized_start=2372
+  _globals['_GETMODELREQUEST']._serialized_end=2404
+  _globals['_GETMODELRESPONSE']._serialized_start=2407
+  _globals['_GETMODELRESPONSE']._serialized_end=2607
+  _globals['_TOKENIZEREQUEST']._serialized_start=2610
+  _globals['_TOKENIZEREQUEST']._serialized_end=2766
+  _globals['_TOKENIZERESPONSE']._serialized_start=2768
+  _globals['_TOKENIZERESPONSE']._serialized_end=2828
+  _globals['_DETOKENIZEREQUEST']._serialized_start=2830
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2912
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2914
+  _globals['_DETOKENIZERESPONSE']._serialized_end=2948
+  _globals['_TEXTGENERATION']._serialized_start=3048
+  _globals['_TEXTGENERATION']._serialized_end=3372
 # @@protoc_insertion_point(module_scope)
