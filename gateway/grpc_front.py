@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -39,23 +38,23 @@ class TextGenerationServicer(pb_grpc.TextGenerationServicer):
 
     async def Generate(  # noqa: N802 - the name of the rpc
         self, request: pb.GenerateRequest, context: Context
-    ) -> AsyncIterator[pb.GenerateResponse]:
+    ) -> None:
+        """Writes rather than yields, so that a cancelled call ends what it was waiting in."""
         request_id = request.request_id or f"grpc-{next(self._numbers)}"
         with request_context(request_id):
             try:
-                async for response in self._generate(request, request_id, context):
-                    yield response
+                await self._generate(request, request_id, context)
             except Exception as error:
                 await abort_with(context, _known(error))
 
     async def _generate(
         self, request: pb.GenerateRequest, request_id: str, context: Context
-    ) -> AsyncIterator[pb.GenerateResponse]:
+    ) -> None:
         asked = request_from_proto(request, request_id, context.time_remaining())
         token_text = self._service.model.tokenizer.token_text
         async with self._service.accept([asked]) as (choice,):
             async for event in choice.events():
-                yield event_to_proto(event, token_text, asked.output)
+                await context.write(event_to_proto(event, token_text, asked.output))
 
     async def GetModel(  # noqa: N802
         self, request: pb.GetModelRequest, context: Context

@@ -60,6 +60,8 @@ class Preparer:
         check_choices(request)
         sampling = resolve_sampling(self.model, request)
         check_stops(request.stopping)
+        if isinstance(request.prompt, TextPrompt) and not request.prompt.text:
+            raise InvalidRequest("the prompt is empty", param="prompt")
         token_ids, text = await self.prompt_token_ids(request.prompt)
         self._check_prompt(token_ids, max_model_len)
         left = max_model_len - len(token_ids)
@@ -70,8 +72,6 @@ class Preparer:
         """Ids and, where there was one, text of a prompt."""
         if isinstance(prompt, TextPrompt):
             text, add = prompt.text, prompt.add_special_tokens
-            if not text:
-                raise InvalidRequest("the prompt is empty", param="prompt")
         elif isinstance(prompt, ChatPrompt):
             text, add = await self._render(prompt), prompt.add_special_tokens
         else:
