@@ -59,7 +59,7 @@ protos: $(DEV)
 	$(BIN)/python -m grpc_tools.protoc -I. --grpc_python_out=. $(shell grep -l '^service ' $(PROTOS))
 
 sim: $(DEV)
-	$(BIN)/python -m pytest tests/simulation --seed $(SEED) $(ARGS)
+	$(BIN)/python tests/simulation/run.py $(SEED) $(ARGS)
 
 bench: $(DEV)
 	$(BIN)/python -m benchmarks $(ARGS)
