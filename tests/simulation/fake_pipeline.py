@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from scheduler.core import PipelineFacts
 from simulation.fake_stage import FakeStage
 from simulation.oracle import Violation
 from simulation.pretend_model import NUM_LAYERS
 from simulation.scenario import MS, PipelineShape
+
+from scheduler.core import PipelineFacts
 from stagemesh.plan import Epoch, Step, StepResult
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from simulation.pretend_model import (
     rope_length,
     sample,
 )
+
 from stagemesh.plan import (
     NOT_FINITE,
     Epoch,

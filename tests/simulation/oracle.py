@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from scheduler.core import EndReason, Finished, Request, RequestKey, Tokens
 from simulation.pretend_model import RightAnswer
 from simulation.scenario import Arrival
+
+from scheduler.core import EndReason, Finished, Request, RequestKey, Tokens
 from stagemesh.errors import (
     ContextLengthExceeded,
     MeshUnavailable,

@@ -41,7 +41,7 @@ def attend(layer: int, hidden: int | None, cache: Sequence[int | None]) -> int |
 def sample(
     hidden: int, position: int, outputs: Sequence[int], num_prompt: int, spec: SamplingSpec
 ) -> int:
-    """The token after `position`. Like penalties, it depends on the output apart from the prompt."""
+    """The token after `position`. As with penalties, prompt and output count apart."""
     token_id = mix(14, hidden, position, spec.seed, num_prompt, *outputs) % VOCAB_SIZE
     while len(outputs) < spec.min_tokens and token_id in spec.stop_token_ids:
         token_id = (token_id + 1) % VOCAB_SIZE

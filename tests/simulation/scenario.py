@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from scheduler.core import Request, RequestKey, SchedulerLimits
 from simulation.pretend_model import NUM_LAYERS, VOCAB_SIZE
+
+from scheduler.core import Request, RequestKey, SchedulerLimits
 from stagemesh.sampling import SamplingSpec
 
 MS = 1_000_000
@@ -99,7 +100,7 @@ def _shape(random: Random) -> PipelineShape:
 
 def _limits(random: Random) -> SchedulerLimits:
     return SchedulerLimits(
-        max_waiting_requests=random.choice((4, 1000)),
+        max_waiting_requests=random.choice((4, 1000, 1000, 1000)),
         max_running_requests=random.choice((2, 5, 64)),
         max_step_tokens=random.choice((1, 2, 5, 16, 64)),
         max_chunk_tokens=random.choice((None, None, 3, 7)),

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from itertools import count
 from random import Random
 
-from scheduler.core import RequestKey, SchedulerCore
 from simulation.fake_pipeline import FakePipeline
 from simulation.oracle import Oracle, Violation
 from simulation.scenario import MS, Arrival, Scenario, draw
+
+from scheduler.core import RequestKey, SchedulerCore
 from stagemesh.errors import ContextLengthExceeded, QueueFull, StepOutOfOrder
 from stagemesh.plan import StepResult
 
