@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from stagemesh.cli.run_module import run_module
+
 
 def run(argv: Sequence[str]) -> int:
-    from gateway.__main__ import main
-
-    return main(argv)
+    return run_module("gateway", argv)

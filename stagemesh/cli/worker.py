@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 
+from stagemesh.cli.run_module import run_module
 from stagemesh.errors import ConfigError
 
 
 def run(argv: Sequence[str]) -> int:
     require_worker_extra()
-    from stage_worker.__main__ import main
-
-    return main(argv)
+    return run_module("stage_worker", argv)
 
 
 def require_worker_extra() -> None:
