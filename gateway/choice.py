@@ -107,6 +107,7 @@ class Choice:
                 max_tokens=prepared.max_tokens,
                 priority=prepared.request.priority,
                 deadline_s=self._accepted.deadline_s,
+                cache_salt=prepared.request.cache_salt,
             )
         )
 

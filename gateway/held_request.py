@@ -26,6 +26,7 @@ class Submission:
     max_tokens: int
     priority: int = 0
     deadline_s: float | None = None
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,6 +137,7 @@ class MeshSession:
             sampling=sampling_to_proto(held.sampling_to_resume()),
             max_tokens=submission.max_tokens,
             priority=submission.priority,
+            cache_salt=submission.cache_salt,
         )
         if submission.deadline_s is not None:
             remaining_s = submission.deadline_s - asyncio.get_running_loop().time()

@@ -75,7 +75,10 @@ class OutputOptions:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """`request_id` is a label, never a key. `timeout_s` counts from when the gateway accepts."""
+    """`request_id` is a label, never a key. `timeout_s` counts from when the gateway accepts.
+
+    Requests share cached prefixes only with those of the same `cache_salt`.
+    """
 
     prompt: Prompt
     model: str = ""
@@ -86,6 +89,7 @@ class GenerationRequest:
     priority: int = 0
     num_choices: int = 1
     timeout_s: float | None = None
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
