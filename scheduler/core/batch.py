@@ -9,7 +9,7 @@ theirs alone. Where blocks are short, the worst ranked running sequence is preem
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from scheduler.core.budgets import TokenBudget
 from scheduler.core.limits import SchedulerLimits
@@ -25,9 +25,12 @@ def plan_step(
     pipeline: Pipeline, limits: SchedulerLimits, preempt: Callable[[Sequence], None]
 ) -> Step | None:
     """The next step of a pipeline that may send one, or None if there is nothing to do in it."""
-    pending = [sequence for sequence in pipeline.running.values() if sequence.num_pending]
-    decoding = [sequence for sequence in pending if sequence.num_pending == 1]
-    catching_up = [sequence for sequence in pending if sequence.num_pending > 1]
+    decoding: list[Sequence] = []
+    catching_up: list[Sequence] = []
+    for sequence in pipeline.running.values():
+        num_pending = sequence.num_pending
+        if num_pending:
+            (decoding if num_pending == 1 else catching_up).append(sequence)
     catching_up.sort(key=lambda sequence: sequence.rank)
     num_decoding = len(pipeline.running) - len(catching_up)
     decode_share = -(-num_decoding // pipeline.max_steps_in_flight)
@@ -46,8 +49,7 @@ def plan_step(
     return batch.send()
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
+class _Part(NamedTuple):
     """Positions [start, end) of a sequence."""
 
     sequence: Sequence
@@ -105,6 +107,8 @@ class Batch:
         can take it, and those behind it have been preempted.
         """
         facts, pool, table = self._pipeline.facts, self._pipeline.pool, sequence.table
+        if end <= table.num_entries * facts.block_size_tokens:
+            return end
         while True:
             num_entries = table.num_entries + pool.num_free // table.num_groups
             room = num_entries * facts.block_size_tokens
@@ -140,9 +144,13 @@ class Batch:
             first_stage=0,
             end_stage=self._pipeline.facts.num_stages,
             sample_positions=(end - 1,) if end == sequence.num_tokens else (),
-            logprob_positions=tuple(range(max(start, logprobs.start), min(end, logprobs.stop))),
+            logprob_positions=_overlap(logprobs, start, end) if logprobs else (),
             state=sequence.state() if is_first else None,
         )
+
+
+def _overlap(wanted: range, start: int, end: int) -> tuple[int, ...]:
+    return tuple(range(max(start, wanted.start), min(end, wanted.stop)))
 
 
 def _in_flight(row: Row, part: _Part) -> RowInFlight:

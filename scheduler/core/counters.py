@@ -67,9 +67,9 @@ class Counters:
         self.cached_prompt_tokens += num_cached_tokens
         self.prompt_rate.add(num_tokens, now_ns)
 
-    def token_generated(self, now_ns: int) -> None:
-        self.generated_tokens += 1
-        self.generated_rate.add(1, now_ns)
+    def tokens_generated(self, num_tokens: int, now_ns: int) -> None:
+        self.generated_tokens += num_tokens
+        self.generated_rate.add(num_tokens, now_ns)
 
     def retry_after_s(self, num_waiting: int, now_ns: int) -> float:
         """When half of the queue will be gone, if requests go on ending as they did lately."""

@@ -6,22 +6,19 @@ Written against what the sequences say they hold, not with the code that keeps i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 from scheduler.core.pipeline import Pipeline
-from scheduler.core.queue import WaitingQueue
+from scheduler.core.roster import Roster
 from scheduler.core.sequence import Sequence
-from scheduler.core.stats import CoreStats
 
 
 def check_core(
     pipelines: Iterable[Pipeline],
-    queue: WaitingQueue,
-    live: Collection[Sequence],
-    stats: CoreStats,
+    roster: Roster,
 ) -> None:
     """Raises AssertionError."""
-    waiting = list(queue)
+    waiting = list(roster.queue)
     _check(waiting == sorted(waiting, key=lambda s: s.rank), "the queue is out of order")
     placed = {s.sequence_id for s in waiting}
     for sequence in waiting:
@@ -30,9 +27,11 @@ def check_core(
         _check(placed.isdisjoint(pipeline.running), "a sequence is in two places")
         placed |= pipeline.running.keys()
         _check_pipeline(pipeline)
-    _check(placed == {s.sequence_id for s in live}, "live sequences are not those that are placed")
-    ended = stats.num_finished + stats.num_aborted + stats.num_failed
-    _check(stats.num_accepted == ended + len(live), "an accepted request was lost or ended twice")
+    live = {sequence.sequence_id for sequence in roster.live.values()}
+    _check(placed == live, "live sequences are not those that are placed")
+    counters = roster.counters
+    num_ended = counters.num_finished + counters.num_aborted + counters.num_failed
+    _check(counters.num_accepted == num_ended + len(live), "a request was lost or ended twice")
 
 
 def _check_waiting(sequence: Sequence) -> None:

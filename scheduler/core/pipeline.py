@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from scheduler.core.blocks import BlockName, BlockPool
 from scheduler.core.sequence import Sequence
@@ -45,8 +46,7 @@ class PipelineFacts:
         return -(-num_tokens // self.block_size_tokens)
 
 
-@dataclass(frozen=True, slots=True)
-class RowInFlight:
+class RowInFlight(NamedTuple):
     """A row that was sent: positions [start, end) of this run of the sequence."""
 
     sequence: Sequence

@@ -7,22 +7,17 @@ step in the order in which `schedule` gave it, and hands back the results in tha
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from itertools import count
-
 from scheduler.core.admission import AdmissionRound
 from scheduler.core.batch import plan_step
-from scheduler.core.counters import Counters
-from scheduler.core.deadlines import Deadlines
 from scheduler.core.events import EndReason, Finished, Tokens
 from scheduler.core.integrity import check_core
 from scheduler.core.limits import SchedulerLimits
 from scheduler.core.pipeline import Pipeline, PipelineFacts, RowInFlight
-from scheduler.core.queue import WaitingQueue
 from scheduler.core.request import Request, RequestKey
 from scheduler.core.results import match_result
+from scheduler.core.roster import Roster
 from scheduler.core.sequence import Sequence
-from scheduler.core.stats import CoreStats, pipeline_stats
+from scheduler.core.stats import CoreStats, core_stats
 from stagemesh.errors import (
     ContextLengthExceeded,
     InternalError,
@@ -32,23 +27,15 @@ from stagemesh.errors import (
     RequestDeadlineExceeded,
     StageMeshError,
 )
-from stagemesh.plan import NOT_FINITE, Epoch, RowResult, SampledToken, Step, StepResult
-
-_MAX_ENDED_REMEMBERED = 8192
+from stagemesh.plan import NOT_FINITE, Epoch, RowResult, Step, StepResult
 
 
 class SchedulerCore:
     def __init__(self, limits: SchedulerLimits) -> None:
         self._limits = limits
+        self._roster = Roster()
         self._pipelines: dict[str, Pipeline] = {}
-        self._queue = WaitingQueue()
-        self._live: dict[RequestKey, Sequence] = {}
-        # The last attempt of requests that ended lately: a submission may come twice.
-        self._ended: OrderedDict[RequestKey, int] = OrderedDict()
-        self._deadlines = Deadlines()
-        self._counters = Counters()
-        self._events: list[Tokens | Finished] = []
-        self._numbers = count(1)
+        self._max_capacity = 0  # of all pipelines, in tokens; 0 without one
         self._now_ns = 0
 
     # ---- requests ------------------------------------------------------------------------------
@@ -59,46 +46,43 @@ class SchedulerCore:
         Raises QueueFull and ContextLengthExceeded; then nothing is kept of the request.
         """
         self._now_ns = now_ns
-        older = self._live.get(request.key)
-        if request.attempt <= (
-            older.request.attempt if older else self._ended.get(request.key, -1)
-        ):
+        if request.attempt <= self._roster.last_attempt(request.key):
             return
         try:
             self._check_admissible(request)
         except StageMeshError:
-            self._counters.num_refused += 1
+            self._roster.counters.num_refused += 1
             raise
+        older = self._roster.live.get(request.key)
         if older is not None:
             self._end(older, EndReason.ABORTED)
-        self._accept(request)
+        self._end_if_done(self._roster.accept(request, now_ns))
 
     def abort(self, key: RequestKey, now_ns: int, attempt: int | None = None) -> None:
         """Ends a request, if it lives and `attempt` is not older; its blocks are free at once."""
         self._now_ns = now_ns
-        sequence = self._live.get(key)
+        sequence = self._roster.live.get(key)
         if sequence and (attempt is None or attempt >= sequence.request.attempt):
             self._end(sequence, EndReason.ABORTED)
 
     def abort_gateway(self, gateway: int, now_ns: int) -> None:
         """Ends all requests of a gateway that is gone."""
         self._now_ns = now_ns
-        for key in [key for key in self._live if key.gateway == gateway]:
-            self._end(self._live[key], EndReason.ABORTED)
-        for key in [key for key in self._ended if key.gateway == gateway]:
-            del self._ended[key]
+        self._roster.end_gateway(gateway, now_ns)
 
     # ---- pipelines -----------------------------------------------------------------------------
 
     def add_pipeline(self, facts: PipelineFacts, now_ns: int) -> None:
         """A pipeline serves from now on. Its id must be free."""
-        self._now_ns = now_ns
         assert facts.pipeline_id not in self._pipelines, f"{facts.pipeline_id} is there already"
+        self._now_ns = now_ns
         self._pipelines[facts.pipeline_id] = Pipeline(facts, self._limits.max_steps_in_flight)
-        self._end_unplaceable()
+        self._pipelines_changed()
 
     def remove_pipeline(self, pipeline_id: str, now_ns: int) -> None:
-        """A pipeline and its KV are gone; its requests catch up elsewhere, or when it is back."""
+        """A pipeline and its KV are gone; its requests catch up elsewhere, or when it is back.
+
+        An unknown id is ignored."""
         self._now_ns = now_ns
         pipeline = self._pipelines.pop(pipeline_id, None)
         if pipeline is None:
@@ -106,8 +90,8 @@ class SchedulerCore:
         for sequence in pipeline.running.values():
             sequence.table.discard()
             sequence.begin_run()
-            self._queue.add(sequence)
-        self._end_unplaceable()
+            self._roster.queue.add(sequence)
+        self._pipelines_changed()
 
     def restart_epoch(self, pipeline_id: str, epoch: Epoch, now_ns: int) -> None:
         """The same workers begin a new epoch with their KV; what was in flight is planned again."""
@@ -119,7 +103,7 @@ class SchedulerCore:
     def schedule(self, now_ns: int) -> list[Step]:
         """Every step that may be sent now, in order. Expires deadlines first."""
         self._now_ns = now_ns
-        for sequence in self._deadlines.expired(now_ns):
+        for sequence in self._roster.expired(now_ns):
             self._end(sequence, EndReason.ERROR, RequestDeadlineExceeded("the deadline has passed"))
         steps: list[Step] = []
         while made := self._schedule_round():
@@ -138,63 +122,47 @@ class SchedulerCore:
         if pipeline is None or step is None:
             return
         pipeline.step_done(result.timings)
+        num_generated = 0
         for row, answer in zip(step.rows, result.rows, strict=True):
             if row.is_current:
                 self._take_row(pipeline, row, answer)
+                num_generated += len(answer.sampled)
+        self._roster.counters.tokens_generated(num_generated, now_ns)
 
     def take_events(self) -> list[Tokens | Finished]:
         """What happened since the last call, in order."""
-        events, self._events = self._events, []
-        return events
+        return self._roster.take_events()
 
     def next_deadline_ns(self) -> int | None:
         """When `schedule` must be called at the latest, if nothing else happens."""
-        return self._deadlines.next_ns()
+        return self._roster.next_deadline_ns()
 
     def stats(self, now_ns: int | None = None) -> CoreStats:
         """Rates are of the seconds before `now_ns`; None: before the last call that had a time."""
         now_ns = self._now_ns if now_ns is None else now_ns
-        counters = self._counters
-        return CoreStats(
-            num_waiting=len(self._queue),
-            num_running=len(self._live) - len(self._queue),
-            num_accepted=counters.num_accepted,
-            num_finished=counters.num_finished,
-            num_refused=counters.num_refused,
-            num_aborted=counters.num_aborted,
-            num_failed=counters.num_failed,
-            num_preempted=counters.num_preempted,
-            generated_tokens=counters.generated_tokens,
-            prompt_tokens=counters.prompt_tokens,
-            cached_prompt_tokens=counters.cached_prompt_tokens,
-            generated_tokens_per_s=counters.generated_rate.per_second(now_ns),
-            prompt_tokens_per_s=counters.prompt_rate.per_second(now_ns),
-            pipelines=tuple(pipeline_stats(p) for p in self._pipelines.values()),
-        )
+        return core_stats(self._roster, self._pipelines.values(), now_ns)
 
     def check_integrity(self) -> None:
         """Raises AssertionError if a block is leaked or wrongly shared, a counter out of order, a
         request in two places, … Cost grows with everything that is held: for tests, and when idle.
         """
-        check_core(self._pipelines.values(), self._queue, self._live.values(), self.stats())
+        check_core(self._pipelines.values(), self._roster)
 
     # ---- inside --------------------------------------------------------------------------------
 
     def _check_admissible(self, request: Request) -> None:
-        num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
-        if self._pipelines and num_tokens >= self._max_capacity and not request.output_token_ids:
-            raise ContextLengthExceeded(self._too_long(num_tokens), param="prompt")
         # A resumed request was admitted before: refusing it now would cut its stream.
-        if not request.output_token_ids and len(self._queue) >= self._limits.max_waiting_requests:
-            retry_after_s = self._counters.retry_after_s(len(self._queue), self._now_ns)
+        if request.output_token_ids:
+            return
+        num_tokens = len(request.prompt_token_ids)
+        if 0 < self._max_capacity <= num_tokens:
+            raise ContextLengthExceeded(self._too_long(num_tokens), param="prompt")
+        num_waiting = len(self._roster.queue)
+        if num_waiting >= self._limits.max_waiting_requests:
             raise QueueFull(
-                f"{len(self._queue)} requests are waiting, no more are taken",
-                retry_after_s=retry_after_s,
+                f"{num_waiting} requests are waiting, no more are taken",
+                retry_after_s=self._roster.counters.retry_after_s(num_waiting, self._now_ns),
             )
-
-    @property
-    def _max_capacity(self) -> int:
-        return max((p.facts.capacity_tokens for p in self._pipelines.values()), default=0)
 
     def _too_long(self, num_tokens: int) -> str:
         return (
@@ -202,35 +170,12 @@ class SchedulerCore:
             f"{self._max_capacity} tokens"
         )
 
-    def _accept(self, request: Request) -> None:
-        number = next(self._numbers)
-        sequence = Sequence(request, number, number, self._now_ns)
-        self._counters.num_accepted += 1
-        self._live[request.key] = sequence
-        self._deadlines.add(sequence)
-        self._queue.add(sequence)
-        reason = self._ending(sequence)
-        if reason is not None:
-            self._end(sequence, reason)
-
-    def _ending(self, sequence: Sequence) -> EndReason | None:
-        """Why the sequence ends after its present last token, if it does."""
-        request = sequence.request
-        if sequence.num_output_tokens == 0:
-            return None
-        if sequence.tokens[-1] in request.sampling.stop_token_ids:
-            return EndReason.STOP_TOKEN
-        pipeline = sequence.pipeline
-        max_length = pipeline.facts.capacity_tokens if pipeline else self._max_capacity
-        is_at_end = 0 < max_length <= sequence.num_tokens
-        if sequence.num_output_tokens >= request.max_tokens or is_at_end:
-            return EndReason.LENGTH
-        return None
-
-    def _end_unplaceable(self) -> None:
+    def _pipelines_changed(self) -> None:
         """Ends those that would wait for ever, since no pipeline holds one token more of them."""
-        for sequence in self._queue if self._pipelines else ():
-            if sequence.num_tokens >= self._max_capacity:
+        pipelines = self._pipelines.values()
+        self._max_capacity = max((p.facts.capacity_tokens for p in pipelines), default=0)
+        for sequence in self._roster.queue:
+            if 0 < self._max_capacity <= sequence.num_tokens:
                 has_run = sequence.admitted_ns is not None
                 error = MeshUnavailable if has_run else ContextLengthExceeded
                 self._end(sequence, EndReason.ERROR, error(self._too_long(sequence.num_tokens)))
@@ -238,40 +183,30 @@ class SchedulerCore:
     def _schedule_round(self) -> list[Step]:
         """At most one step for each pipeline."""
         self._admit()
-        steps = []
-        for pipeline in self._pipelines.values():
-            if pipeline.num_step_slots > 0:
-                step = plan_step(pipeline, self._limits, self._preempt)
-                if step is not None:
-                    steps.append(step)
-        return steps
+        steps = (
+            plan_step(pipeline, self._limits, self._preempt)
+            for pipeline in self._pipelines.values()
+            if pipeline.num_step_slots > 0
+        )
+        return [step for step in steps if step is not None]
 
     def _admit(self) -> None:
-        if not self._queue:
+        if not self._roster.queue:
             return
         admission = AdmissionRound(self._pipelines.values(), self._limits, self._preempt)
-        for sequence in self._queue:
+        for sequence in self._roster.queue:
             if admission.is_over:
                 return
             if admission.admit(sequence):
-                self._queue.remove(sequence)
-                self._note_admitted(sequence)
-
-    def _note_admitted(self, sequence: Sequence) -> None:
-        if sequence.admitted_ns is not None:
-            return
-        sequence.admitted_ns = self._now_ns
-        num_prompt = sequence.num_prompt_tokens
-        sequence.num_cached_prompt_tokens = min(sequence.num_computed, num_prompt)
-        self._counters.prompt_admitted(num_prompt, sequence.num_cached_prompt_tokens, self._now_ns)
+                self._roster.admit(sequence, self._now_ns)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Gives the sequence's blocks up; it waits again and will compute them anew."""
         assert sequence.pipeline is not None
         sequence.pipeline.dismiss(sequence)
         sequence.begin_run()
-        self._queue.add(sequence)
-        self._counters.num_preempted += 1
+        self._roster.queue.add(sequence)
+        self._roster.counters.num_preempted += 1
 
     def _take_row(self, pipeline: Pipeline, row: RowInFlight, answer: RowResult) -> None:
         sequence = row.sequence
@@ -279,65 +214,35 @@ class SchedulerCore:
             self._fail(pipeline, sequence, answer.error)
             return
         sequence.num_computed = row.end
-        sequence.prompt_logprobs.extend(answer.prompt_logprobs)
+        sequence.prompt_logprobs += answer.prompt_logprobs
         if self._limits.prefix_cache:
             pipeline.name_computed_blocks(sequence)
         for token in answer.sampled:
-            self._take_token(sequence, token)
+            self._roster.deliver(sequence, token)
+            self._end_if_done(sequence)
 
-    def _take_token(self, sequence: Sequence, token: SampledToken) -> None:
-        index = sequence.num_output_tokens
-        is_first = index == len(sequence.request.output_token_ids)
-        prompt_logprobs = tuple(sequence.prompt_logprobs) if is_first else ()
-        sequence.tokens.append(token.token_id)
-        self._counters.token_generated(self._now_ns)
-        self._events.append(
-            Tokens(sequence.key, sequence.request.attempt, index, (token,), prompt_logprobs)
-        )
-        reason = self._ending(sequence)
-        if reason is not None:
-            self._end(sequence, reason)
+    def _end_if_done(self, sequence: Sequence) -> None:
+        """Ends the sequence if its last token was its last."""
+        request, num_output = sequence.request, sequence.num_output_tokens
+        pipeline = sequence.pipeline
+        max_length = pipeline.facts.capacity_tokens if pipeline else self._max_capacity
+        if num_output == 0:
+            return
+        if sequence.tokens[-1] in request.sampling.stop_token_ids:
+            self._end(sequence, EndReason.STOP_TOKEN)
+        elif num_output >= request.max_tokens or 0 < max_length <= sequence.num_tokens:
+            self._end(sequence, EndReason.LENGTH)
 
     def _fail(self, pipeline: Pipeline, sequence: Sequence, error: str) -> None:
         """A row could not be computed; what it may have spoilt is given to nobody else."""
         pipeline.forget_content(sequence.table.block_ids())
         if error == NOT_FINITE:
-            self._end(
-                sequence,
-                EndReason.ERROR,
-                NotFiniteError("the model's numbers became NaN or infinite for this request"),
-            )
+            message = "the model's numbers became NaN or infinite for this request"
+            self._end(sequence, EndReason.ERROR, NotFiniteError(message))
         else:
             self._end(sequence, EndReason.ERROR, InternalError(f"a stage failed: {error}"))
 
     def _end(
         self, sequence: Sequence, reason: EndReason, error: StageMeshError | None = None
     ) -> None:
-        """The one way out, for every accepted request."""
-        if sequence.pipeline is None:
-            self._queue.remove(sequence)
-        else:
-            sequence.pipeline.dismiss(sequence)
-        sequence.has_ended = True
-        del self._live[sequence.key]
-        self._remember_ended(sequence)
-        self._deadlines.sequence_ended(sequence)
-        self._counters.request_ended(reason, self._now_ns)
-        admitted_ns = self._now_ns if sequence.admitted_ns is None else sequence.admitted_ns
-        self._events.append(
-            Finished(
-                key=sequence.key,
-                attempt=sequence.request.attempt,
-                reason=reason,
-                error=error,
-                completion_tokens=sequence.num_output_tokens,
-                cached_prompt_tokens=sequence.num_cached_prompt_tokens,
-                queue_ns=admitted_ns - sequence.submitted_ns,
-            )
-        )
-
-    def _remember_ended(self, sequence: Sequence) -> None:
-        self._ended[sequence.key] = sequence.request.attempt
-        self._ended.move_to_end(sequence.key)
-        if len(self._ended) > _MAX_ENDED_REMEMBERED:
-            self._ended.popitem(last=False)
+        self._roster.end(sequence, reason, self._now_ns, error)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from scheduler.core.pipeline import Pipeline
+from scheduler.core.roster import Roster
 from stagemesh.plan import Epoch, HopTiming
 
 
@@ -44,6 +45,26 @@ class CoreStats:
     generated_tokens_per_s: float
     prompt_tokens_per_s: float
     pipelines: tuple[PipelineStats, ...]
+
+
+def core_stats(roster: Roster, pipelines: Iterable[Pipeline], now_ns: int) -> CoreStats:
+    counters = roster.counters
+    return CoreStats(
+        num_waiting=len(roster.queue),
+        num_running=len(roster.live) - len(roster.queue),
+        num_accepted=counters.num_accepted,
+        num_finished=counters.num_finished,
+        num_refused=counters.num_refused,
+        num_aborted=counters.num_aborted,
+        num_failed=counters.num_failed,
+        num_preempted=counters.num_preempted,
+        generated_tokens=counters.generated_tokens,
+        prompt_tokens=counters.prompt_tokens,
+        cached_prompt_tokens=counters.cached_prompt_tokens,
+        generated_tokens_per_s=counters.generated_rate.per_second(now_ns),
+        prompt_tokens_per_s=counters.prompt_rate.per_second(now_ns),
+        pipelines=tuple(pipeline_stats(pipeline) for pipeline in pipelines),
+    )
 
 
 def pipeline_stats(pipeline: Pipeline) -> PipelineStats:
