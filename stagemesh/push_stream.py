@@ -26,7 +26,7 @@ from stagemesh.frames import (
     encode_message,
     hello_header,
 )
-from stagemesh.rpc import make_channel, peer_error
+from stagemesh.rpc import make_channel, read_from
 from stagemesh.wire import error_from_proto
 
 SERVICE_NAME = "stagemesh.v1.StageTransport"
@@ -178,15 +178,8 @@ class PushStream:
 
     async def _read_pong(self) -> int:
         """Raises what the peer refused with, or PeerLost."""
-        try:
-            frame = await self._call.read()
-        except grpc.aio.AioRpcError as error:
-            raise peer_error(self.address, error) from None
-        except asyncio.CancelledError:
-            if _is_cancelled():
-                raise
-            raise PeerLost(f"{self.address} cancelled the stream") from None
-        if not isinstance(frame, bytes):
+        frame = await read_from(self._call, self.address)
+        if frame is None:
             raise PeerLost(f"{self.address} ended the stream")
         header, _ = decode_frame(frame)
         if header.WhichOneof("kind") == "refusal":
@@ -205,12 +198,6 @@ class PushStream:
 
 def _ping_header(nonce: int) -> plan_pb2.FrameHeader:
     return plan_pb2.FrameHeader(ping=plan_pb2.Ping(nonce=nonce))
-
-
-def _is_cancelled() -> bool:
-    """Whether this task is being cancelled; gRPC raises CancelledError for reasons of its own."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
 
 
 def _first(errors: BaseExceptionGroup[Any]) -> Any:

@@ -6,11 +6,12 @@ decided here. Knows no service of the mesh. grpc.aio only.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import re
 import socket
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar, cast
 
 import grpc
 import grpc.aio
@@ -32,6 +33,8 @@ from stagemesh.errors import (
     from_code,
     outward,
 )
+
+T = TypeVar("T")
 
 MAX_FRAME_BYTES = 4 * 2**20
 """Payload of one frame of a data stream; larger payloads are continued in further frames."""
@@ -180,6 +183,24 @@ def peer_error(address: str, error: grpc.aio.AioRpcError) -> StageMeshError:
         return error_from_rpc(error)
     reason = error.details() or error.code().name
     return PeerLost(f"the stream to {address} broke: {reason}")
+
+
+async def read_from(call: grpc.aio.StreamStreamCall[Any, T], address: str) -> T | None:
+    """The next message of a stream that was dialled at `address`; None at its good end.
+
+    Raises what the peer ended it with, or PeerLost.
+    """
+    try:
+        message = await call.read()
+    except grpc.aio.AioRpcError as error:
+        raise peer_error(address, error) from None
+    except asyncio.CancelledError:
+        # gRPC raises it too where the peer cancelled, and nobody cancels this task.
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise PeerLost(f"{address} cancelled the stream") from None
+    return None if message is grpc.aio.EOF else cast(T, message)
 
 
 def _text_items(metadata: Iterable[tuple[str, str | bytes]]) -> dict[str, str]:

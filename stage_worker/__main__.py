@@ -1,0 +1,40 @@
+"""`python -m stage_worker`: one stage worker process."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Sequence
+
+from stage_worker.options import WorkerOptions
+from stage_worker.server import OnReady
+from stage_worker.server import serve as serve_worker
+from stagemesh.process import run_service
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    code = run_service("worker", WorkerOptions, _serve, argv)
+    if any(thread.name == "device" for thread in threading.enumerate()):
+        # Arithmetic cannot be interrupted, and a thread inside of it cannot see Python end.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+async def _serve(options: WorkerOptions, on_ready: OnReady) -> None:
+    _set_threads(options.threads)
+    await serve_worker(options, on_ready)
+
+
+def _set_threads(num_threads: int) -> None:
+    """OpenMP reads these once, when torch is imported: which is later."""
+    # Threads that wait must not spin on cores that another process could use.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if num_threads:
+        os.environ["OMP_NUM_THREADS"] = str(num_threads)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

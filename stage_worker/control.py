@@ -1,0 +1,183 @@
+"""A worker's control stream to the scheduler: dials it, registers, keeps it alive, dials again.
+
+Knows what is first and last on the stream and how it may break; what commands do is the business of
+the worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Protocol
+
+import grpc.aio
+import structlog
+
+from protos import mesh_pb2, mesh_pb2_grpc
+from stagemesh.backoff import Backoff
+from stagemesh.errors import (
+    MeshUnavailable,
+    PeerLost,
+    ProtocolError,
+    QueueFull,
+    StageMeshError,
+    StaleEpoch,
+)
+from stagemesh.process import root_cause
+from stagemesh.rpc import make_channel, read_from
+from stagemesh.wire import error_from_proto
+
+WELCOME_TIMEOUT_S = 15.0
+FLUSH_TIMEOUT_S = 1.0
+PASSING = (PeerLost, MeshUnavailable, QueueFull, StaleEpoch)
+"""Refusals after which a worker dials again; after any other it ends."""
+
+_Call = grpc.aio.StreamStreamCall[mesh_pb2.WorkerMessage, mesh_pb2.WorkerCommand]
+
+log = structlog.get_logger()
+
+
+class ControlledWorker(Protocol):
+    """What the stream needs of a worker. Nothing here may block."""
+
+    def registration(self) -> mesh_pb2.RegisterWorker: ...
+    def stats(self) -> mesh_pb2.WorkerStats: ...
+
+    def attached(self, welcome: mesh_pb2.WelcomeWorker) -> None:
+        """A StageMeshError ends the stream; it is dialled again."""
+
+    def command(self, command: mesh_pb2.WorkerCommand) -> None: ...
+    def detached(self) -> None: ...
+
+
+class ControlStream:
+    """`run` it once; `send` at any time; `leave` to end in good order."""
+
+    def __init__(self, address: str, worker: ControlledWorker) -> None:
+        self._address = address
+        self._worker = worker
+        self._outbox: asyncio.Queue[mesh_pb2.WorkerMessage] | None = None
+        self._backoff = Backoff()
+        self._done = False
+        self._last_reason = ""
+
+    def send(self, message: mesh_pb2.WorkerMessage) -> None:
+        """Queues a message. While there is no stream it is dropped: registering tells all anew."""
+        if self._outbox is not None:
+            self._outbox.put_nowait(message)
+
+    async def run(self) -> None:
+        """Until the scheduler shuts the worker down. Raises why it refused the worker for good."""
+        while not self._done:
+            try:
+                await self._attach()
+            except StageMeshError as error:
+                if self._done:
+                    raise
+                self._log_once(str(error))
+            if not self._done:
+                await self._backoff.wait()
+
+    async def leave(self, reason: str) -> None:
+        """Says goodbye, before `run` is cancelled."""
+        self.send(mesh_pb2.WorkerMessage(goodbye=mesh_pb2.WorkerGoodbye(reason=reason)))
+        await self.flush()
+
+    async def flush(self) -> None:
+        """Waits, not for long, until what was queued is written."""
+        if self._outbox is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FLUSH_TIMEOUT_S):
+                    await self._outbox.join()
+
+    async def _attach(self) -> None:
+        """One stream, from registering to its end."""
+        async with make_channel(self._address) as channel:
+            stub = mesh_pb2_grpc.SchedulerStub(channel)  # type: ignore[no-untyped-call]
+            call: _Call = stub.AttachWorker()
+            try:
+                welcome = await self._register(call)
+                self._backoff.reset()
+                self._last_reason = ""
+                await self._serve(call, welcome)
+            finally:
+                call.cancel()
+
+    async def _register(self, call: _Call) -> mesh_pb2.WelcomeWorker:
+        register = mesh_pb2.WorkerMessage(register=self._worker.registration())
+        try:
+            async with asyncio.timeout(WELCOME_TIMEOUT_S):
+                await _write(call, register)
+                command = await self._read(call)
+        except TimeoutError:
+            raise PeerLost(f"no welcome within {WELCOME_TIMEOUT_S:g} s") from None
+        if command.WhichOneof("command") == "refused":
+            raise self._refusal(command)
+        if command.WhichOneof("command") != "welcome":
+            raise ProtocolError("the scheduler's first word is a welcome")
+        return command.welcome
+
+    async def _serve(self, call: _Call, welcome: mesh_pb2.WelcomeWorker) -> None:
+        outbox = self._outbox = asyncio.Queue()
+        try:
+            self._worker.attached(welcome)
+            async with asyncio.TaskGroup() as group:
+                writing = group.create_task(_write_all(call, outbox))
+                beating = group.create_task(self._heartbeat(welcome.heartbeat_interval_ms / 1000))
+                await self._obey(call)
+                writing.cancel()
+                beating.cancel()
+        except ExceptionGroup as failures:
+            raise root_cause(failures) from None
+        finally:
+            self._outbox = None
+            self._worker.detached()
+
+    async def _obey(self, call: _Call) -> None:
+        """Returns when the worker is told to shut down."""
+        while True:
+            command = await self._read(call)
+            kind = command.WhichOneof("command")
+            if kind == "refused":
+                raise self._refusal(command)
+            if kind == "shutdown":
+                log.info("shut down by the scheduler", reason=command.shutdown.reason)
+                self._done = True
+                return
+            self._worker.command(command)
+
+    async def _read(self, call: _Call) -> mesh_pb2.WorkerCommand:
+        command = await read_from(call, self._address)
+        if command is None:
+            raise PeerLost(f"the scheduler at {self._address} ended the stream")
+        return command
+
+    def _refusal(self, command: mesh_pb2.WorkerCommand) -> StageMeshError:
+        """What the scheduler has against this worker; dialling again helps where that may pass."""
+        error = error_from_proto(command.refused)
+        self._done = not isinstance(error, PASSING)
+        return error
+
+    def _log_once(self, reason: str) -> None:
+        if reason != self._last_reason:
+            log.warning("no scheduler", scheduler=self._address, reason=reason)
+        self._last_reason = reason
+
+    async def _heartbeat(self, interval_s: float) -> None:
+        while True:
+            await asyncio.sleep(max(0.01, interval_s))
+            if self._outbox is not None and self._outbox.empty():
+                heartbeat = mesh_pb2.WorkerHeartbeat(stats=self._worker.stats())
+                self.send(mesh_pb2.WorkerMessage(heartbeat=heartbeat))
+
+
+async def _write_all(call: _Call, outbox: asyncio.Queue[mesh_pb2.WorkerMessage]) -> None:
+    while True:
+        await _write(call, await outbox.get())
+        outbox.task_done()
+
+
+async def _write(call: _Call, message: mesh_pb2.WorkerMessage) -> None:
+    """Does not say why a write failed: whoever reads learns that."""
+    with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        await call.write(message)

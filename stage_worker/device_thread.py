@@ -1,0 +1,126 @@
+"""The one thread that touches torch: takes work in order, tells the event loop what came of it.
+
+Does no I/O and knows nothing of steps and models. Everything about order in a worker rests on this
+queue: what was submitted later runs later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from stagemesh.errors import InternalError, OutOfMemory, QueueFull, StageMeshError
+
+T = TypeVar("T")
+
+MAX_QUEUED_JOBS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome(Generic[T]):
+    """What came of a job: a value or an error, and where its time went.
+
+    `idle_ns` is how long the device had nothing to do before this job.
+    """
+
+    value: T | None
+    error: Exception | None
+    queue_ns: int
+    run_ns: int
+    idle_ns: int
+
+    def unwrap(self) -> T:
+        """The value. Raises the error: as it is where it is one of ours, else an InternalError."""
+        if self.error is not None:
+            raise as_mesh_error(self.error) from self.error
+        return self.value  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    work: Callable[[], Any]
+    future: asyncio.Future[Outcome[Any]]
+    submitted_ns: int
+
+
+class DeviceThread:
+    """Must be made inside the event loop that gets the outcomes."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="device", daemon=True)
+        self._stopping = False
+        self._thread.start()
+
+    @property
+    def num_queued(self) -> int:
+        return self._jobs.qsize()
+
+    @property
+    def stopping(self) -> bool:
+        """Long work asks this now and then, and gives up."""
+        return self._stopping
+
+    def submit(self, work: Callable[[], T]) -> asyncio.Future[Outcome[T]]:
+        """Queues `work`; the future never holds an exception. Raises QueueFull."""
+        if self._jobs.qsize() >= MAX_QUEUED_JOBS:
+            raise QueueFull(f"{MAX_QUEUED_JOBS} jobs wait for the device")
+        future: asyncio.Future[Outcome[T]] = self._loop.create_future()
+        self._jobs.put(_Job(work, future, time.perf_counter_ns()))
+        return future
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Waits for `work` to be done in its turn. Raises StageMeshError."""
+        return (await self.submit(work)).unwrap()
+
+    async def stop(self, timeout_s: float) -> bool:
+        """Lets the job that runs end, drops the others; whether the thread ended in time."""
+        self._stopping = True
+        self._jobs.put(None)
+        await asyncio.to_thread(self._thread.join, timeout_s)
+        return not self._thread.is_alive()
+
+    def _work(self) -> None:
+        idle_since_ns = time.perf_counter_ns()
+        while (job := self._jobs.get()) is not None and not self._stopping:
+            outcome = _run(job, idle_since_ns)
+            idle_since_ns = time.perf_counter_ns()
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+                self._loop.call_soon_threadsafe(_resolve, job.future, outcome)
+            del job, outcome  # or tensors would stay alive until the next job
+
+
+def _run(job: _Job, idle_since_ns: int) -> Outcome[Any]:
+    value, error = None, None
+    start_ns = time.perf_counter_ns()
+    try:
+        value = job.work()
+    except Exception as raised:
+        error = raised
+    return Outcome(
+        value=value,
+        error=error,
+        queue_ns=start_ns - job.submitted_ns,
+        run_ns=time.perf_counter_ns() - start_ns,
+        idle_ns=start_ns - idle_since_ns,
+    )
+
+
+def _resolve(future: asyncio.Future[Outcome[Any]], outcome: Outcome[Any]) -> None:
+    if not future.done():
+        future.set_result(outcome)
+
+
+def as_mesh_error(error: Exception) -> StageMeshError:
+    if isinstance(error, StageMeshError):
+        return error
+    if isinstance(error, MemoryError):
+        return OutOfMemory(f"memory ran out: {error}")
+    return InternalError(f"{type(error).__name__}: {error}")

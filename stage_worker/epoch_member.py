@@ -1,0 +1,228 @@
+"""A worker's part in one epoch of a pipeline: takes steps in order, executes, pushes on.
+
+The rule: every step of the epoch once, in order; duplicates, gaps and foreign epochs are refused.
+Whatever breaks ends the epoch here and is reported once; the scheduler decides what comes next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import structlog
+
+from stage_worker.device_thread import DeviceThread, Outcome, as_mesh_error
+from stage_worker.span_holder import HeldSpan
+from stage_worker.stats import Stats
+from stagemesh.errors import (
+    InternalError,
+    ProtocolError,
+    StageMeshError,
+    StaleEpoch,
+    StepOutOfOrder,
+)
+from stagemesh.plan import Epoch, HopTiming, StepResult
+from stagemesh.transport import Hello, Message, PushStream, StepFrame, open_push_stream
+
+if TYPE_CHECKING:
+    from stage_worker.executor import StageOutput
+
+OPEN_TIMEOUT_S = 15.0
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a worker stands in an epoch. Blocks [0, num_blocks) are the pipeline's."""
+
+    pipeline_id: str
+    epoch: Epoch
+    stage: int
+    num_stages: int
+    next_address: str
+    num_blocks: int
+    keep_kv: bool
+
+
+class EpochReports(Protocol):
+    """Whom a member tells."""
+
+    def joined(self, place: Place) -> None: ...
+    def broken(self, place: Place, error: StageMeshError, peer_address: str) -> None: ...
+
+
+class EpochMember:
+    """`run` it once; `end` makes it stop at once. Steps come in by `receive`."""
+
+    def __init__(
+        self,
+        place: Place,
+        held: HeldSpan,
+        device: DeviceThread,
+        stats: Stats,
+        own_address: str,
+        reports: EpochReports,
+        on_accepting: Callable[[], None],
+    ) -> None:
+        self.place = place
+        self.held = held
+        self.accepting = False
+        self.has_incoming = False
+        self._device = device
+        self._stats = stats
+        self._own_address = own_address
+        self._reports = reports
+        self._on_accepting = on_accepting
+        self._next_step = 0
+        self._executing: asyncio.Queue[tuple[StepFrame, asyncio.Future[Outcome[StageOutput]]]]
+        self._executing = asyncio.Queue()
+        self._ended: asyncio.Future[StageMeshError] = asyncio.get_running_loop().create_future()
+        self._device_may_go_on = True  # read by the device thread
+
+    @property
+    def ended(self) -> bool:
+        return self._ended.done()
+
+    async def run(self) -> None:
+        """Joins, then pushes outputs on, until the epoch ends; lets go of its stream."""
+        work = asyncio.create_task(self._join_and_forward())
+        try:
+            either: list[asyncio.Future[Any]] = [work, self._ended]
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if work.done() and (bug := work.exception()) is not None:
+                log.error("an epoch failed", exc_info=bug)
+                self.fail(InternalError(f"an epoch failed: {bug!r}"))
+        finally:
+            self.end()
+            work.cancel()
+            await asyncio.wait([work])
+
+    def receive(self, message: Message) -> None:
+        """Queues a step for the device. Raises what ends the stream that it came by."""
+        if self.ended:
+            raise self._ended.result()
+        if not isinstance(message, StepFrame):
+            raise ProtocolError("a result was sent to a stage")
+        step = message.step
+        if (step.pipeline_id, step.epoch) != (self.place.pipeline_id, self.place.epoch):
+            raise StaleEpoch(f"a step of {step.epoch} came by a stream of {self.place.epoch}")
+        if step.step != self._next_step:
+            self.fail(StepOutOfOrder(f"step {step.step} came, {self._next_step} was due"))
+            raise self._ended.result()
+        self._next_step += 1
+        outcome = self._device.submit(lambda: self._execute(message))
+        self._executing.put_nowait((message, outcome))
+
+    def fail(self, error: StageMeshError, peer_address: str = "") -> None:
+        """Ends the epoch here and reports it; only the first error counts."""
+        if self.ended:
+            return
+        self._end(error)
+        self._reports.broken(self.place, error, peer_address)
+
+    def end(self) -> None:
+        """Ends the epoch here, in silence: queued steps are dropped, none will touch a page."""
+        if not self.ended:
+            self._end(StaleEpoch(f"{self.place.epoch} of {self.place.pipeline_id} has ended here"))
+
+    def _end(self, error: StageMeshError) -> None:
+        self._device_may_go_on = False
+        self._ended.set_result(error)
+
+    async def _join_and_forward(self) -> None:
+        stream = await self._join()
+        if stream is None:
+            return
+        try:
+            self._reports.joined(self.place)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._forward(stream))
+                group.create_task(self._watch(stream))
+        finally:
+            await stream.close()
+
+    async def _join(self) -> PushStream | None:
+        place, executor = self.place, self.held.executor
+        try:
+            await self._device.run(
+                lambda: executor.join(
+                    stage=place.stage,
+                    num_stages=place.num_stages,
+                    num_blocks=place.num_blocks,
+                    keep_kv=place.keep_kv,
+                )
+            )
+        except StageMeshError as error:
+            self.fail(error)
+            return None
+        self.accepting = True
+        self._on_accepting()
+        hello = Hello(place.pipeline_id, place.epoch, place.stage + 1, self._own_address)
+        try:
+            return await open_push_stream(
+                place.next_address, hello, timeout_s=OPEN_TIMEOUT_S, traffic=self._stats.traffic
+            )
+        except StageMeshError as error:
+            self.fail(error, place.next_address)
+            return None
+
+    async def _forward(self, stream: PushStream) -> None:
+        """Pushes outputs on, in the order of the steps."""
+        while True:
+            frame, future = await self._executing.get()
+            outcome = await future
+            if outcome.error is not None:
+                self.fail(self._explained(outcome.error, frame))
+                return
+            try:
+                await stream.send(self._output(frame, outcome))
+            except StageMeshError as error:
+                self.fail(error, self.place.next_address)
+                return
+
+    async def _watch(self, stream: PushStream) -> None:
+        self.fail(await stream.wait_broken(), self.place.next_address)
+
+    def _execute(self, frame: StepFrame) -> StageOutput:
+        """On the device thread. After a failure no later step of the epoch is executed."""
+        if not self._device_may_go_on:
+            raise StaleEpoch("the epoch ended before the step's turn came")
+        try:
+            return self.held.executor.execute(frame.step, frame.payload, frame.dtype)
+        except BaseException:
+            self._device_may_go_on = False
+            raise
+
+    def _output(self, frame: StepFrame, outcome: Outcome[StageOutput]) -> Message:
+        output = outcome.unwrap()
+        step = frame.step
+        timing = HopTiming(
+            stage=self.place.stage,
+            receive_ns=frame.receive_ns,
+            queue_ns=outcome.queue_ns,
+            compute_ns=outcome.run_ns,
+            idle_ns=outcome.idle_ns,
+            received_bytes=len(frame.payload),
+        )
+        self._stats.count_step(len(step.rows), step.num_tokens, timing)
+        timings = (*frame.timings, timing)
+        if self.place.stage + 1 == self.place.num_stages:
+            return StepResult(step.pipeline_id, step.epoch, step.step, output.rows, timings)
+        return StepFrame(
+            step=step,
+            payload=output.payload,
+            dtype=output.dtype,
+            num_tokens=output.num_tokens,
+            hidden_size=output.hidden_size,
+            timings=timings,
+        )
+
+    def _explained(self, error: Exception, frame: StepFrame) -> StageMeshError:
+        known = as_mesh_error(error)
+        if known is not error:
+            log.error("a step could not be executed", step=frame.step.step, exc_info=error)
+        told = f"stage {self.place.stage} could not execute step {frame.step.step}: {known}"
+        return type(known)(told)

@@ -1,0 +1,151 @@
+"""Which epoch a worker is in: follows the scheduler's commands, admits and refuses streams.
+
+At most one epoch at a time, never one that is older than what was joined before, and never one of
+an older term.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from stage_worker.device_thread import DeviceThread
+from stage_worker.epoch_member import EpochMember, EpochReports, Place
+from stage_worker.span_holder import HeldSpan
+from stage_worker.stats import Stats
+from stagemesh.errors import PeerLost, ProtocolError, StageMeshError, StaleEpoch
+from stagemesh.plan import Epoch
+from stagemesh.transport import Hello, Message
+
+# A neighbour that was told of an epoch before this worker was may dial this early.
+EARLY_HELLO_TIMEOUT_S = 10.0
+MAX_EARLY_HELLOS = 16
+
+log = structlog.get_logger()
+
+
+class Membership:
+    """A stagemesh.transport.PushHandler. `group` runs the epochs."""
+
+    def __init__(
+        self,
+        group: asyncio.TaskGroup,
+        device: DeviceThread,
+        stats: Stats,
+        reports: EpochReports,
+    ) -> None:
+        self.own_address = ""  # what neighbours are told; known once the server is bound
+        self._group = group
+        self._device = device
+        self._stats = stats
+        self._reports = reports
+        self._current: EpochMember | None = None
+        # Of this term: the latest epoch of each pipeline that was joined.
+        self._latest: dict[str, Epoch] = {}
+        self._term = 0
+        self._num_early = 0
+        self._changed = asyncio.Event()
+
+    def follow_term(self, term: int) -> None:
+        """Raises StaleEpoch for a scheduler that was replaced by one this worker has met."""
+        if term < self._term:
+            raise StaleEpoch(f"a scheduler of term {term} was replaced by one of {self._term}")
+        if term > self._term:
+            self._term = term
+            self._latest.clear()
+
+    def join(self, place: Place, held: HeldSpan | None) -> None:
+        """Begins an epoch, in place of the one before. What fails is reported, not raised."""
+        try:
+            self._check_newer(place)
+            if held is None:
+                raise ProtocolError("no layers are loaded here")
+        except StageMeshError as error:
+            self._reports.broken(place, error, "")
+            return
+        self.leave()
+        self._latest[place.pipeline_id] = place.epoch
+        member = EpochMember(
+            place, held, self._device, self._stats, self.own_address, self._reports, self._wake
+        )
+        self._current = member
+        self._group.create_task(member.run())
+
+    def leave(self, pipeline_id: str | None = None, epoch: Epoch | None = None) -> None:
+        """Ends the current epoch, if it is the one named or none is; no step of it that is still
+        queued will be executed."""
+        member = self._current
+        if member is None:
+            return
+        if epoch is None or (member.place.pipeline_id, member.place.epoch) == (pipeline_id, epoch):
+            member.end()
+            self._current = None
+            self._wake()
+
+    async def accept(self, hello: Hello) -> None:
+        """Waits a while for an epoch that this worker may not have heard of yet."""
+        if self._num_early >= MAX_EARLY_HELLOS:
+            raise ProtocolError(f"{MAX_EARLY_HELLOS} streams of unknown epochs wait already")
+        self._num_early += 1
+        try:
+            async with asyncio.timeout(EARLY_HELLO_TIMEOUT_S):
+                while not self._claim(hello):
+                    changed = self._changed
+                    await changed.wait()
+        except TimeoutError:
+            raise StaleEpoch(f"{hello.epoch} of {hello.pipeline_id} was not joined here") from None
+        finally:
+            self._num_early -= 1
+
+    async def receive(self, hello: Hello, message: Message) -> None:
+        self._member_of(hello).receive(message)
+
+    async def broken(self, hello: Hello, error: StageMeshError | None) -> None:
+        member = self._current
+        if member is not None and _is_of(hello, member):
+            reason = error or PeerLost(f"the stream from {hello.sender_id} ended")
+            member.fail(reason, hello.sender_id)
+
+    def _claim(self, hello: Hello) -> bool:
+        """Whether the stream is accepted now; False where its epoch may still be joined."""
+        member = self._current
+        if member is None or not _is_of(hello, member):
+            if hello.epoch.term < self._term or hello.epoch <= self._latest_of(hello.pipeline_id):
+                raise StaleEpoch(f"{hello.epoch} of {hello.pipeline_id} is over here")
+            return False
+        if member.ended:
+            raise StaleEpoch(f"{hello.epoch} of {hello.pipeline_id} has ended here")
+        if hello.to_stage != member.place.stage:
+            raise ProtocolError(
+                f"a stream to stage {hello.to_stage} came to stage {member.place.stage}"
+            )
+        if member.has_incoming:
+            raise ProtocolError(f"stage {member.place.stage} has its incoming stream already")
+        if not member.accepting:
+            return False
+        member.has_incoming = True
+        return True
+
+    def _member_of(self, hello: Hello) -> EpochMember:
+        if self._current is None or not _is_of(hello, self._current):
+            raise StaleEpoch(f"{hello.epoch} of {hello.pipeline_id} has ended here")
+        return self._current
+
+    def _check_newer(self, place: Place) -> None:
+        self.follow_term(place.epoch.term)
+        latest = self._latest_of(place.pipeline_id)
+        if place.epoch <= latest:
+            raise StaleEpoch(f"{place.epoch} of {place.pipeline_id} is not newer than {latest}")
+
+    def _latest_of(self, pipeline_id: str) -> Epoch:
+        return self._latest.get(pipeline_id, Epoch(0, 0))
+
+    def _wake(self) -> None:
+        """Hellos that wait look again."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+def _is_of(hello: Hello, member: EpochMember) -> bool:
+    return (hello.pipeline_id, hello.epoch) == (member.place.pipeline_id, member.place.epoch)

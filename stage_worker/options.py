@@ -1,0 +1,63 @@
+"""Options of a stage worker process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from stagemesh.addresses import split_address
+from stagemesh.errors import ConfigError
+from stagemesh.option_values import Kind
+from stagemesh.options import check_options, option
+from stagemesh.plan import Span
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerOptions:
+    """Raises ConfigError, naming the option."""
+
+    model: Path = option(help="directory of the model: config.json and safetensors files")
+    scheduler: str = option("127.0.0.1:50050", help="address of the scheduler, host:port")
+    listen: str = option("0.0.0.0:50052", help="address to listen on; port 0 picks a free one")
+    advertise: str = option(
+        "", help="host or host:port at which others reach this worker, if not where it listens"
+    )
+    worker_id: str = option("", help="name, the same after a restart; else host name and port")
+    layers: Span | None = option(
+        None, help="hold exactly these layers; else the scheduler assigns some"
+    )
+    device: str = option("cpu", help="cpu, cuda or cuda:N")
+    dtype: str = option(
+        "auto",
+        help="of weights and arithmetic; auto: float32 on the cpu, else the files' own",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    batch_invariant: bool = option(
+        False, help="a sequence's numbers do not depend on its batch (float32 on cpu)"
+    )
+    block_size_tokens: int = option(
+        16, help="tokens per KV block", flag="block-size", minimum=1, maximum=1024
+    )
+    max_kv_memory_bytes: int | None = option(
+        None, help="memory for KV; else a share of what is free", kind=Kind.SIZE, minimum=1
+    )
+    num_blocks: int | None = option(None, help="number of KV blocks, instead", minimum=1)
+    threads: int = option(
+        0, help="threads for arithmetic; 0: OMP_NUM_THREADS or all cores", minimum=0, maximum=1024
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        for name in ("scheduler", "listen"):
+            try:
+                split_address(getattr(self, name))
+            except ConfigError as error:
+                raise ConfigError(f"--{name}: {error}") from None
+        if self.layers is not None and not 0 <= self.layers.start < self.layers.end:
+            raise ConfigError(f"--layers must be FIRST:END with FIRST < END, not {self.layers}")
+
+    def resolved_dtype(self, stored_dtype: str) -> str:
+        """bfloat16 and float16 arithmetic is slow on most CPUs: there "auto" is float32."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "float32" if self.device == "cpu" or self.batch_invariant else stored_dtype

@@ -1,0 +1,130 @@
+"""Wires a stage worker together and runs it until it is cancelled, shut down or at fault.
+
+Health: "" serves while the scheduler has this worker, "stagemesh.v1.StageTransport" while it is in
+an epoch that it has joined. The server is up before torch is: an address in use is told at once,
+and health answers while a model is read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import secrets
+import socket
+from collections.abc import Callable, Mapping
+
+import structlog
+
+from protos import mesh_pb2
+from stage_worker.device_thread import DeviceThread
+from stage_worker.options import WorkerOptions
+from stage_worker.span_holder import SpanHolder, summarise_model
+from stage_worker.stats import Stats
+from stage_worker.worker import Parts, Worker
+from stagemesh import __version__
+from stagemesh.addresses import advertised_address, split_address
+from stagemesh.errors import SpanError
+from stagemesh.model_spec import ModelSpec
+from stagemesh.plan import ModelSummary
+from stagemesh.rpc import RpcServer
+from stagemesh.transport import SERVICE_NAME, push_handlers
+from stagemesh.wire import (
+    PROTOCOL_VERSION,
+    dtype_to_proto,
+    model_summary_to_proto,
+    span_to_proto,
+)
+
+DEVICE_STOP_TIMEOUT_S = 5.0
+
+OnReady = Callable[[Mapping[str, object]], None]
+
+log = structlog.get_logger()
+
+
+async def serve(options: WorkerOptions, on_ready: OnReady | None = None) -> None:
+    """Runs one worker; `on_ready` gets its address and id before the scheduler is dialled.
+
+    Raises what is wrong with the options, the model, or the address, and why the scheduler refused.
+    """
+    spec = ModelSpec.from_directory(options.model)
+    _check_span(options, spec)
+    server = RpcServer(options.listen)
+    device = DeviceThread()
+    try:
+        async with asyncio.TaskGroup() as group:
+            stats = Stats()
+            dtype = options.resolved_dtype(spec.dtype)
+            holder = SpanHolder(options, dtype, device)
+            worker = Worker(
+                options.scheduler,
+                Parts(device, holder, stats, group),
+                functools.partial(_set_health, server),
+            )
+            handlers = push_handlers(worker.membership, stats.traffic)
+            server.server.add_generic_rpc_handlers((handlers,))
+            bound = await server.start()
+            address = await asyncio.to_thread(
+                advertised_address, bound, options.advertise, options.scheduler
+            )
+            summary = await device.run(lambda: summarise_model(options.model))
+            identity = _identity(options, address, summary, dtype)
+            if on_ready is not None:
+                on_ready({"address": address, "id": identity.worker_id})
+            await _run_and_leave(worker, identity)
+    finally:
+        await server.stop(0)
+        if not await device.stop(DEVICE_STOP_TIMEOUT_S):
+            log.warning("the device is still at work; the process ends without waiting for it")
+
+
+async def _run_and_leave(worker: Worker, identity: mesh_pb2.RegisterWorker) -> None:
+    """Says goodbye while the control stream is still there, if this is cancelled."""
+    running = asyncio.create_task(worker.run(identity))
+    try:
+        await asyncio.wait([running])
+    except asyncio.CancelledError:
+        await worker.control.leave("told to stop")
+        raise
+    finally:
+        worker.membership.leave()
+        running.cancel()
+        await asyncio.wait([running])
+    running.result()
+
+
+def _check_span(options: WorkerOptions, spec: ModelSpec) -> None:
+    span = options.layers
+    if span is not None and span.end > spec.num_layers:
+        raise SpanError(
+            f"--layers {span.start}:{span.end} is outside the model, which has "
+            f"{spec.num_layers} layers"
+        )
+
+
+def _set_health(server: RpcServer, attached: bool, in_epoch: bool) -> None:
+    server.set_serving(attached)
+    server.set_serving(in_epoch, SERVICE_NAME)
+
+
+def _identity(
+    options: WorkerOptions, address: str, summary: ModelSummary, dtype: str
+) -> mesh_pb2.RegisterWorker:
+    port = split_address(address)[1]
+    identity = mesh_pb2.RegisterWorker(
+        protocol_version=PROTOCOL_VERSION,
+        worker_id=options.worker_id or f"{socket.gethostname()}:{port}",
+        incarnation=secrets.randbits(63),
+        address=address,
+        model=model_summary_to_proto(summary),
+        device=options.device,
+        dtype=dtype_to_proto(dtype),
+        batch_invariant=options.batch_invariant,
+        pid=os.getpid(),
+        stagemesh_version=__version__,
+        max_kv_memory_bytes=options.max_kv_memory_bytes or 0,
+    )
+    if options.layers is not None:
+        identity.fixed_span.CopyFrom(span_to_proto(options.layers))
+    return identity

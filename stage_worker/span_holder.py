@@ -1,0 +1,100 @@
+"""The span of layers that a worker holds: loaded, replaced and dropped on the device thread.
+
+The numerics, and torch with them, are imported by the device thread when it first needs them; the
+event loop answers meanwhile.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stage_worker.device_thread import DeviceThread
+from stage_worker.options import WorkerOptions
+from stagemesh.errors import RequestCancelled
+from stagemesh.plan import ModelSummary, Span
+
+if TYPE_CHECKING:
+    from stage_worker.executor import ExecutorFacts, StageExecutor
+
+PROGRESS_INTERVAL_NS = 100_000_000
+
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class HeldSpan:
+    """A span that is ready to execute."""
+
+    span: Span
+    facts: ExecutorFacts
+    executor: StageExecutor
+
+
+class SpanHolder:
+    """Holds one span at most."""
+
+    def __init__(self, options: WorkerOptions, dtype: str, device: DeviceThread) -> None:
+        self._options = options
+        self._dtype = dtype
+        self._device = device
+        self.held: HeldSpan | None = None
+
+    async def load(self, span: Span, on_progress: OnProgress) -> HeldSpan:
+        """Replaces what is held by `span`; `on_progress(loaded_bytes, total_bytes)` is called from
+        the device thread, several times a second.
+
+        Raises what is wrong with the files, the span, or the memory; then nothing is held.
+        """
+        if self.held is not None and self.held.span == span:
+            return self.held
+        self.held = None
+        report = _Throttled(on_progress, self._device)
+        self.held = await self._device.run(lambda: _load(self._options, self._dtype, span, report))
+        return self.held
+
+
+def summarise_model(model_dir: Path) -> ModelSummary:
+    """On the device thread. Raises CheckpointError and what else is wrong with the files."""
+    from stage_worker.identity import summarise
+
+    return summarise(model_dir)
+
+
+def _load(options: WorkerOptions, dtype: str, span: Span, on_progress: OnProgress) -> HeldSpan:
+    from stage_worker.executor import ExecutorConfig, StageExecutor
+
+    gc.collect()  # what was held before may hang in cycles, and its memory is wanted
+    config = ExecutorConfig(
+        model_dir=options.model,
+        span=span,
+        device=options.device,
+        dtype=dtype,
+        batch_invariant=options.batch_invariant,
+        block_size_tokens=options.block_size_tokens,
+        max_kv_memory_bytes=options.max_kv_memory_bytes,
+        num_blocks=options.num_blocks,
+    )
+    executor = StageExecutor.load(config, on_progress)
+    return HeldSpan(span, executor.facts, executor)
+
+
+class _Throttled:
+    """Passes progress on now and then, and ends a load that nobody waits for any more."""
+
+    def __init__(self, on_progress: OnProgress, device: DeviceThread) -> None:
+        self._on_progress = on_progress
+        self._device = device
+        self._last_ns = 0
+
+    def __call__(self, loaded_bytes: int, total_bytes: int) -> None:
+        if self._device.stopping:
+            raise RequestCancelled("the worker stops")
+        now_ns = time.monotonic_ns()
+        if now_ns - self._last_ns >= PROGRESS_INTERVAL_NS or loaded_bytes == total_bytes:
+            self._last_ns = now_ns
+            self._on_progress(loaded_bytes, total_bytes)

@@ -1,0 +1,54 @@
+"""What a worker has done since it started, and what memory it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from protos import mesh_pb2
+from stagemesh.plan import HopTiming
+from stagemesh.transport import Traffic
+
+_STATUS = Path("/proc/self/status")
+
+
+@dataclass(slots=True)
+class Stats:
+    """Totals since the process started."""
+
+    steps_executed: int = 0
+    rows_executed: int = 0
+    tokens_executed: int = 0
+    compute_ns: int = 0
+    idle_ns: int = 0
+    traffic: Traffic = field(default_factory=Traffic)
+
+    def count_step(self, num_rows: int, num_tokens: int, timing: HopTiming) -> None:
+        self.steps_executed += 1
+        self.rows_executed += num_rows
+        self.tokens_executed += num_tokens
+        self.compute_ns += timing.compute_ns
+        self.idle_ns += timing.idle_ns
+
+    def to_proto(self, steps_queued: int, sequences_held: int) -> mesh_pb2.WorkerStats:
+        return mesh_pb2.WorkerStats(
+            rss_anon_bytes=rss_anon_bytes(),
+            steps_executed=self.steps_executed,
+            rows_executed=self.rows_executed,
+            tokens_executed=self.tokens_executed,
+            compute_ns=self.compute_ns,
+            idle_ns=self.idle_ns,
+            steps_queued=steps_queued,
+            bytes_sent=self.traffic.bytes_sent,
+            messages_sent=self.traffic.messages_sent,
+            sequences_held=sequences_held,
+        )
+
+
+def rss_anon_bytes() -> int:
+    """Anonymous resident memory of this process; 0 where the system does not say."""
+    try:
+        lines = _STATUS.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
