@@ -31,6 +31,9 @@ class UpOptions:
     max_kv_memory_bytes: int | None = option(
         None, help="memory of each worker for KV, such as 2GiB", kind=Kind.SIZE, minimum=1
     )
+    num_blocks: int | None = option(
+        None, help="blocks of KV of each worker, instead of --max-kv-memory", minimum=1
+    )
     batch_invariant: bool | None = option(
         None, help="results do not depend on what else is in the batch, bit for bit"
     )
