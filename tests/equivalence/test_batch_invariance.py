@@ -1,0 +1,92 @@
+"""With batch_invariant a row's log-probabilities have the same bits in any company and any cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.checkpoints import SIZES, TinyModel, prompts, rope, tiny_model
+from support.stages import Chain, Live, Wish
+
+from stagemesh.sampling import SamplingSpec
+
+NUM_TOKENS = 8
+SPEC = SamplingSpec(temperature=0.8, seed=11, top_p=0.95, num_logprobs=5)
+# Sizes that fill no vector registers, so that the ends of rows and tensors matter.
+ODD = {"hidden_size": 72, "intermediate_size": 172, "vocab_size": 333, "head_dim": 20}
+MODELS = [
+    TinyModel("odd-llama", "LlamaConfig", {**ODD, "attention_bias": True}),
+    TinyModel("odd-mistral", "MistralConfig", {**ODD, "sliding_window": 70}),
+    TinyModel("qwen3-dynamic", "Qwen3Config", {"head_dim": 16, **rope("dynamic", factor=2.0)}),
+    TinyModel("tied", "LlamaConfig", {"tie_word_embeddings": True}),
+]
+
+
+def wishes(num: int) -> list[Wish]:
+    lengths = (90, 5, 66, 1, 23, 64)
+    return [
+        Wish(prompt, NUM_TOKENS, SPEC, prompt_logprobs=True)
+        for prompt in prompts(num, lengths, SIZES["vocab_size"], 3)
+    ]
+
+
+def facts(live: Live) -> tuple[object, ...]:
+    return live.sampled, live.prompt_logprobs
+
+
+@pytest.mark.parametrize("model", MODELS, ids=str)
+def test_bits_do_not_depend_on_batch_chunk_stages_or_blocks(
+    model: TinyModel, tmp_path: Path
+) -> None:
+    tiny_model(model, tmp_path)
+    path = tmp_path / model.name
+    alone = Chain(path, 1, batch_invariant=True)
+    expected = [facts(live) for live in alone.run(wishes(6), max_rows=1)]
+    cuts = [(1, 1, None, 32), (1, 7, None, 3), (2, None, None, 2), (3, 7, 16, 32), (5, 1, 4, 6)]
+    for num_stages, chunk, block_size, max_rows in cuts:
+        chain = Chain(
+            path,
+            num_stages,
+            batch_invariant=True,
+            block_size_tokens=block_size or 8,
+            num_blocks=1024,
+            seed=num_stages,
+        )
+        company = wishes(min(max_rows, 32) if max_rows > 6 else 6)
+        got = [facts(live) for live in chain.run(company, chunk=chunk, max_rows=max_rows)][:6]
+        assert got == expected, f"{num_stages} stages, chunk {chunk}, {max_rows} rows"
+
+
+def test_bits_of_one_request_in_batches_of_every_size(tmp_path: Path) -> None:
+    model = MODELS[0]
+    tiny_model(model, tmp_path)
+    chain = Chain(tmp_path / model.name, 1, batch_invariant=True, num_blocks=2048)
+    (expected,) = chain.run(wishes(1))
+    for size in range(2, 33):
+        company = [*wishes(size)[1:], wishes(1)[0]]
+        live = chain.run([Wish(w.prompt, 2, SPEC) for w in company])[-1]
+        assert live.sampled == expected.sampled[:2], f"batch of {size}"
+
+
+def test_the_fast_kernels_would_fail_this(tmp_path: Path) -> None:
+    """Else the tests above would show nothing: without the flag some bits do change."""
+    model = MODELS[0]
+    tiny_model(model, tmp_path)
+    chain = Chain(tmp_path / model.name, 1)
+    alone = [facts(live) for live in chain.run(wishes(6), max_rows=1)]
+    assert alone != [facts(live) for live in chain.run(wishes(6), chunk=7)]
+
+
+def test_bits_with_two_threads(tmp_path: Path) -> None:
+    model = MODELS[0]
+    tiny_model(model, tmp_path)
+    few = [Wish(wish.prompt, 2, SPEC, prompt_logprobs=True) for wish in wishes(3)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        chain = Chain(tmp_path / model.name, 2, batch_invariant=True)
+        expected = [facts(live) for live in chain.run(few, max_rows=1)]
+        assert [facts(live) for live in chain.run(few, chunk=7)] == expected
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,142 @@
+"""Greedy tokens are those of transformers, for every family and rope scaling, however it is cut.
+
+Where the smallest gap between the two likeliest tokens is at least 100 times the numerical noise
+seen, no tolerance is given: the tokens are the same.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.checkpoints import (
+    SIZES,
+    TinyModel,
+    prompts,
+    reference_logprobs,
+    rope,
+    tiny_model,
+)
+from support.stages import Chain, Live, Wish
+
+MODELS = [
+    TinyModel("llama-mha-untied", "LlamaConfig", {"num_key_value_heads": 4}, 2),
+    TinyModel("llama-gqa-tied-sharded", "LlamaConfig", {"tie_word_embeddings": True}, 0, "60KB"),
+    TinyModel("llama-head-dim", "LlamaConfig", {"head_dim": 24, "num_key_value_heads": 1}),
+    TinyModel("llama-biases", "LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
+    TinyModel("llama-linear", "LlamaConfig", rope("linear", factor=4.0)),
+    TinyModel("llama-dynamic", "LlamaConfig", rope("dynamic", factor=4.0)),
+    TinyModel(
+        "llama-llama3",
+        "LlamaConfig",
+        rope(
+            "llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=64,
+        ),
+        1,
+    ),
+    TinyModel(
+        "llama-yarn",
+        "LlamaConfig",
+        rope("yarn", factor=4.0, original_max_position_embeddings=32),
+    ),
+    TinyModel(
+        "llama-yarn-mscale",
+        "LlamaConfig",
+        rope(
+            "yarn",
+            factor=4.0,
+            original_max_position_embeddings=32,
+            mscale=1.2,
+            mscale_all_dim=0.6,
+            beta_fast=16.0,
+            beta_slow=2.0,
+            truncate=False,
+        ),
+        4,
+    ),
+    TinyModel("mistral-window", "MistralConfig", {"sliding_window": 11}),
+    TinyModel("mistral-full", "MistralConfig", {"sliding_window": None}),
+    TinyModel("qwen2-tied", "Qwen2Config", {"tie_word_embeddings": True}),
+    TinyModel(
+        "qwen2-window",
+        "Qwen2Config",
+        {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2},
+        1,
+        "60KB",
+    ),
+    TinyModel("qwen3", "Qwen3Config", {"head_dim": 32}, 4),
+    TinyModel(
+        "qwen3-layer-types-yarn",
+        "Qwen3Config",
+        {
+            "head_dim": 16,
+            "tie_word_embeddings": True,
+            "use_sliding_window": True,
+            "sliding_window": 10,
+            "layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+            **rope("yarn", factor=2.0, attention_factor=1.3, original_max_position_embeddings=64),
+        },
+        2,
+    ),
+]
+NUM_TOKENS = 32
+MIN_MARGIN_OVER_NOISE = 100
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("families")
+
+
+def wishes(model: TinyModel) -> list[Wish]:
+    return [Wish(p, NUM_TOKENS) for p in prompts(3, (5, 19, 40), SIZES["vocab_size"], model.seed)]
+
+
+def check_greedy(reference: Any, live: Live) -> None:
+    """Teacher-forced: where every token is transformers' choice after the ones before it, the whole
+    is its greedy continuation.
+    """
+    assert len(live.sampled) == NUM_TOKENS
+    expected = reference_logprobs(reference, live.tokens)[len(live.wish.prompt) - 1 : -1]
+    top = expected.topk(2, dim=-1)
+    ids = torch.tensor([token.token_id for token in live.sampled])
+    logprobs = torch.tensor([token.logprob for token in live.sampled])
+    noise = float((logprobs - expected.gather(1, ids[:, None])[:, 0]).abs().max())
+    margin = float((top.values[:, 0] - top.values[:, 1]).min())
+    assert margin >= MIN_MARGIN_OVER_NOISE * noise, f"margin {margin}, noise {noise}: other seed"
+    assert ids.tolist() == top.indices[:, 0].tolist()
+    assert noise < 1e-4
+
+
+@pytest.mark.parametrize("model", MODELS, ids=str)
+def test_greedy_tokens_are_those_of_transformers(model: TinyModel, directory: Path) -> None:
+    reference = tiny_model(model, directory)
+    for num_stages, max_rows in ((1, 1), (2, 3), (3, 3), (5, 3)):
+        chain = Chain(directory / model.name, num_stages, seed=num_stages)
+        for chunk in (None, 7):
+            for live in chain.run(wishes(model), chunk=chunk, max_rows=max_rows):
+                check_greedy(reference, live)
+        assert all(stage.num_sequences == 0 for stage in chain.stages)
+
+
+def test_dynamic_rope_beyond_its_context_is_fixed_by_the_total_length(directory: Path) -> None:
+    """All positions of a request turn as transformers turns a prompt of the request's full length."""
+    model = TinyModel("llama-dynamic-long", "LlamaConfig", rope("dynamic", factor=4.0), 1)
+    reference = tiny_model(model, directory)
+    (prompt,) = prompts(1, (200,), SIZES["vocab_size"], 5)
+    chain = Chain(directory / model.name, 2)
+    short = Wish(prompt[:30], 8)  # in the same batch, within the context: another scale
+    live, other = chain.run([Wish(prompt, 1, prompt_logprobs=True), short], chunk=50)
+    expected = reference_logprobs(reference, [*prompt, 3])  # 201 tokens: prompt + max_tokens
+    wanted = torch.tensor([expected[i, token] for i, token in enumerate(prompt[1:])])
+    got = torch.tensor([token.logprob for token in live.prompt_logprobs])
+    assert [token.position for token in live.prompt_logprobs] == list(range(1, 200))
+    assert torch.allclose(got, wanted, atol=1e-4)
+    alone = reference_logprobs(reference, other.tokens)[29:-1].argmax(dim=-1)
+    assert [token.token_id for token in other.sampled] == alone.tolist()

@@ -1,0 +1,195 @@
+"""Runs requests through a chain of stage executors in one process, by the simplest plan there is."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from stage_worker.executor import ExecutorConfig, StageExecutor
+from stagemesh.model_spec import ModelSpec
+from stagemesh.plan import (
+    BlockUpdate,
+    Epoch,
+    Row,
+    RowResult,
+    SampledToken,
+    SequenceRun,
+    SequenceState,
+    Span,
+    Step,
+)
+from stagemesh.sampling import SamplingSpec
+
+GREEDY = SamplingSpec(temperature=0.0, num_logprobs=2)
+EPOCH = Epoch(1, 1)
+
+
+def even_spans(num_layers: int, num_stages: int) -> list[Span]:
+    bounds = [round(i * num_layers / num_stages) for i in range(num_stages + 1)]
+    return [Span(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+@dataclass
+class Wish:
+    """A request of a test. `outputs` may hold tokens from before, as after a preemption."""
+
+    prompt: list[int]
+    max_tokens: int = 32
+    sampling: SamplingSpec = GREEDY
+    outputs: list[int] = field(default_factory=list)
+    prompt_logprobs: bool = False
+
+
+@dataclass
+class Live:
+    """A request under way: `tokens` are all that are known, [0, computed) have been executed."""
+
+    sequence_id: int
+    wish: Wish
+    blocks: tuple[int, ...]
+    tokens: list[int]
+    run: int = 0
+    computed: int = 0
+    first: bool = True
+    sampled: list[SampledToken] = field(default_factory=list)
+    prompt_logprobs: list[SampledToken] = field(default_factory=list)
+    error: str | None = None
+
+    @property
+    def total_length(self) -> int:
+        return len(self.wish.prompt) + self.wish.max_tokens
+
+    @property
+    def done(self) -> bool:
+        return self.error is not None or len(self.tokens) >= self.total_length
+
+    def row(self, num_stages: int, chunk: int | None) -> Row:
+        waiting = len(self.tokens) - self.computed
+        count = min(waiting, chunk or waiting)
+        end = self.computed + count
+        known = range(self.computed, min(end, len(self.wish.prompt) - 1))
+        state = SequenceState(
+            tuple(self.wish.prompt),
+            tuple(self.tokens[len(self.wish.prompt) :]),
+            self.wish.sampling,
+            self.total_length,
+        )
+        return Row(
+            sequence_id=self.sequence_id,
+            run=self.run,
+            start=self.computed,
+            num_tokens=count,
+            token_ids=tuple(self.tokens[self.computed : end]),
+            block_updates=(BlockUpdate(0, self.blocks),) if self.first else (),
+            first_stage=0,
+            end_stage=num_stages,
+            sample_positions=(end - 1,) if end == len(self.tokens) else (),
+            logprob_positions=tuple(known) if self.wish.prompt_logprobs else (),
+            state=state if self.first else None,
+        )
+
+    def take(self, row: Row, result: RowResult) -> None:
+        assert (result.sequence_id, result.run) == (row.sequence_id, row.run)
+        self.first = False
+        self.computed = row.start + row.num_tokens
+        self.error = result.error
+        self.sampled += result.sampled
+        self.prompt_logprobs += result.prompt_logprobs
+        self.tokens += [token.token_id for token in result.sampled]
+
+
+class Chain:
+    """Stages in order, joined as one pipeline; blocks are handed out in a shuffled order."""
+
+    def __init__(
+        self,
+        model_dir: Path,
+        num_stages: int = 1,
+        *,
+        dtype: str = "float32",
+        batch_invariant: bool = False,
+        block_size_tokens: int = 8,
+        num_blocks: int = 512,
+        device: str = "cpu",
+        seed: int = 0,
+    ) -> None:
+        num_layers = ModelSpec.from_directory(model_dir).num_layers
+        self.block_size_tokens, self.num_blocks = block_size_tokens, num_blocks
+        self.stages = [
+            StageExecutor.load(
+                ExecutorConfig(
+                    model_dir=model_dir,
+                    span=span,
+                    device=device,
+                    dtype=dtype,
+                    batch_invariant=batch_invariant,
+                    block_size_tokens=block_size_tokens,
+                    max_kv_memory_bytes=None,
+                    num_blocks=num_blocks,
+                ),
+                lambda loaded, total: None,
+            )
+            for span in even_spans(num_layers, num_stages)
+        ]
+        self.free_blocks = list(range(num_blocks))
+        random.Random(seed).shuffle(self.free_blocks)
+        self.next_id = 0
+        self.num_steps = 0
+        self.join(keep_kv=False)
+
+    def join(self, *, keep_kv: bool) -> None:
+        for i, stage in enumerate(self.stages):
+            stage.join(
+                stage=i,
+                num_stages=len(self.stages),
+                num_blocks=self.num_blocks,
+                keep_kv=keep_kv,
+            )
+
+    def start(self, wish: Wish) -> Live:
+        count = -(-(len(wish.prompt) + wish.max_tokens) // self.block_size_tokens)
+        blocks = tuple(self.free_blocks.pop() for _ in range(count))
+        self.next_id += 1
+        return Live(self.next_id, wish, blocks, [*wish.prompt, *wish.outputs])
+
+    def finish(self, live: Live) -> SequenceRun:
+        self.free_blocks = [*live.blocks, *self.free_blocks]
+        return SequenceRun(live.sequence_id, live.run)
+
+    def execute(
+        self, rows: Sequence[Row], forget: Sequence[SequenceRun] = ()
+    ) -> tuple[RowResult, ...]:
+        step = Step("p", EPOCH, self.num_steps, tuple(rows), tuple(forget))
+        self.num_steps += 1
+        payload, dtype = memoryview(b""), ""
+        for stage in self.stages:
+            output = stage.execute(step, payload, dtype)
+            payload, dtype = output.payload, output.dtype
+        return output.rows
+
+    def run(
+        self,
+        wishes: Sequence[Wish],
+        *,
+        chunk: int | None = None,
+        max_rows: int = 1000,
+        before_step: Callable[[list[Live]], None] = lambda alive: None,
+    ) -> list[Live]:
+        """All requests to their ends, `max_rows` at a time; later ones start as earlier ones end."""
+        waiting, lives = list(wishes), []
+        alive: list[Live] = []
+        forget: list[SequenceRun] = []
+        while waiting or alive:
+            while waiting and len(alive) < max_rows:
+                alive.append(self.start(waiting.pop(0)))
+                lives.append(alive[-1])
+            before_step(alive)
+            rows = [live.row(len(self.stages), chunk) for live in alive]
+            for live, row, result in zip(alive, rows, self.execute(rows, forget), strict=True):
+                live.take(row, result)
+            forget = [self.finish(live) for live in alive if live.done]
+            alive = [live for live in alive if not live.done]
+        self.execute([], forget)
+        return lives
