@@ -97,7 +97,7 @@ make_base() { # the label that the image gets
     local context
     context=$(mktemp -d)
     requirements >"$context/requirements.txt"
-    "$PYTHON" -m pip download -qq --disable-pip-version-check --only-binary :all: \
+    "$PYTHON" -m pip download -qq --disable-pip-version-check --only-binary :all: --python-version 3.11 \
         -d "$context/wheels" -c "$REPO/constraints.txt" -r "$context/requirements.txt"
     cat >"$context/Dockerfile" <<DOCKERFILE
 FROM $DEBIAN_IMAGE
