@@ -207,7 +207,8 @@ class LocalMesh:
 
 
 async def _serves(health: Any) -> bool:
-    reply = await health.Check(health_pb2.HealthCheckRequest(), timeout=RPC_TIMEOUT_S)
+    request = health_pb2.HealthCheckRequest(service="stagemesh.v1.TextGeneration")
+    reply = await health.Check(request, timeout=RPC_TIMEOUT_S)
     return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
 

@@ -1,0 +1,235 @@
+"""`stagemesh up` as its users meet it: the ready file, the commands against it, how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+from support.mesh import Mesh, greedy_request, running_mesh, wait_until
+from support.paths import DEMO_MODEL
+
+from protos import text_generation_pb2 as pb
+from protos import text_generation_pb2_grpc as pb_grpc
+
+STAGEMESH = (sys.executable, "-m", "stagemesh.cli.main")
+TIMEOUT_S = 120.0
+
+
+def stagemesh(*argv: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*STAGEMESH, *argv],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environ},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+
+
+def free_ports(ready_file: Path) -> tuple[str, ...]:
+    ports = ("--grpc-port", "0", "--http-port", "0", "--scheduler-port", "0")
+    return ("--ready-file", str(ready_file), *ports)
+
+
+@contextlib.contextmanager
+def started(*argv: str, ready_file: Path) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+    """`up` in a session of its own, once it serves, with what its ready file says."""
+    process = subprocess.Popen(
+        [*STAGEMESH, "up", *free_ports(ready_file), *argv],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        wait_until(lambda: ready_file.exists() or process.poll() is not None, TIMEOUT_S, "the mesh")
+        assert process.poll() is None, process.communicate()[0]
+        yield process, json.loads(ready_file.read_text())
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_gone(ready: dict[str, Any]) -> None:
+    pids = [process["pid"] for process in ready["processes"]]
+    wait_until(lambda: not any(map(lives, pids)), 30.0, "every process to end")
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[Mesh]:
+    with running_mesh(DEMO_MODEL, stages=2) as running:
+        yield running
+
+
+def test_the_ready_file_names_every_process(mesh: Mesh) -> None:
+    processes = mesh.ready["processes"]
+    assert sorted(p["role"] for p in processes) == ["gateway", "scheduler", "worker", "worker"]
+    assert len({p["id"] for p in processes}) == len(processes)
+    assert all(psutil.Process(p["pid"]).is_running() for p in processes)
+    first, second = sorted(
+        (p for p in processes if p["role"] == "worker"), key=lambda p: int(p["start_layer"])
+    )
+    assert first["start_layer"] == 0
+    assert first["end_layer"] == second["start_layer"]
+    assert (
+        second["end_layer"]
+        == json.loads((DEMO_MODEL / "config.json").read_text())["num_hidden_layers"]
+    )
+    for process in processes:
+        host, port = process["address"].rsplit(":", 1)
+        socket.create_connection((host, int(port)), timeout=5).close()
+
+
+def test_generate_streams_to_the_terminal(mesh: Mesh) -> None:
+    options = ("--max-tokens", "20", "--temperature", "0", "--target", mesh.ready["grpc"])
+    done = stagemesh("generate", "Once upon a time", "--stats", *options)
+    assert done.returncode == 0, done.stderr
+    expected = mesh.generate(greedy_request("Once upon a time", 20)).text
+    assert done.stdout == expected + "\n"
+    assert "tokens in" in done.stderr
+
+
+def test_generate_says_what_is_wrong_with_a_request(mesh: Mesh) -> None:
+    done = stagemesh("generate", "Once", "--top-p", "0", "--target", mesh.ready["grpc"])
+    assert done.returncode == 1
+    assert done.stderr.startswith("stagemesh generate: ")
+    assert "top_p" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_status_for_people_and_for_programs(mesh: Mesh) -> None:
+    text = stagemesh("status", "--scheduler", mesh.ready["scheduler"], COLUMNS="200").stdout
+    for process in mesh.ready["processes"]:
+        if process["role"] == "worker":
+            assert process["id"] in text
+            assert f"{process['start_layer']}:{process['end_layer']}" in text
+    status = json.loads(
+        stagemesh("status", "--json", "--scheduler", mesh.ready["scheduler"]).stdout
+    )
+    assert status["mesh"]["serving"]
+    assert {worker["state"] for worker in status["workers"]} == {"WORKER_STATE_SERVING"}
+
+
+def test_health(mesh: Mesh) -> None:
+    for process in mesh.ready["processes"]:
+        done = stagemesh("health", process["address"])
+        assert done.returncode == 0, f"{process['role']}: {done.stderr}"
+
+
+def test_a_port_in_use_is_one_sentence(mesh: Mesh, tmp_path: Path) -> None:
+    port = mesh.ready["grpc"].rsplit(":", 1)[1]
+    done = stagemesh("up", *free_ports(tmp_path / "ready"), "--grpc-port", port)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("stagemesh up: gateway: ")
+    assert f":{port} is in use" in last
+
+
+def test_ctrl_c_leaves_no_process_and_no_ready_file(tmp_path: Path) -> None:
+    ready_file = tmp_path / "ready.json"
+    with started("--stages", "1", ready_file=ready_file) as (up, ready):
+        up.send_signal(signal.SIGINT)
+        output, _ = up.communicate(timeout=30)
+        assert up.returncode == 0, output
+        assert f"gRPC       {ready['grpc']}" in output
+        assert not ready_file.exists()
+        wait_gone(ready)
+
+
+def test_ctrl_c_ends_a_worker_that_does_not_answer(tmp_path: Path) -> None:
+    with started("--stages", "1", ready_file=tmp_path / "ready.json") as (up, ready):
+        for process in ready["processes"]:
+            if process["role"] == "worker":
+                os.kill(process["pid"], signal.SIGSTOP)
+        up.send_signal(signal.SIGTERM)
+        assert up.wait(timeout=60) == 0
+        wait_gone(ready)
+
+
+def test_a_killed_up_takes_its_processes_with_it(tmp_path: Path) -> None:
+    with started("--stages", "1", ready_file=tmp_path / "ready.json") as (up, ready):
+        up.kill()
+        wait_gone(ready)
+
+
+@pytest.mark.parametrize("role", ["scheduler", "gateway"])
+def test_the_death_of_what_the_mesh_needs_ends_it(tmp_path: Path, role: str) -> None:
+    with started("--stages", "1", ready_file=tmp_path / "ready.json") as (up, ready):
+        (process,) = (p for p in ready["processes"] if p["role"] == role)
+        os.kill(process["pid"], signal.SIGKILL)
+        output, _ = up.communicate(timeout=60)
+        assert up.returncode == 1
+        assert f"stagemesh up: {role}: the process was ended by SIGKILL" in output
+        wait_gone(ready)
+
+
+def test_the_death_of_a_worker_is_reported_and_the_mesh_goes_on() -> None:
+    with running_mesh(DEMO_MODEL, stages=2) as mesh:
+        victim = mesh.pids("worker")[0]
+        os.kill(victim, signal.SIGKILL)
+        wait_until(lambda: "is lost" in mesh.log.read_text(), 30.0, "a report")
+        assert mesh.process.poll() is None
+        wait_until(lambda: not mesh.status().mesh.serving, 30.0, "the scheduler to notice")
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    done = stagemesh("up", "--model", str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"stagemesh up: --model {tmp_path}: no model there (a config.json is wanted)\n"
+    )
+
+
+def test_a_checkpoint_that_is_cut_off(tmp_path: Path) -> None:
+    for file in DEMO_MODEL.iterdir():
+        content = file.read_bytes()
+        is_cut = file.suffix == ".safetensors"
+        (tmp_path / file.name).write_bytes(content[: len(content) // 2] if is_cut else content)
+    ready_file = tmp_path / "ready"
+    done = stagemesh("up", *free_ports(ready_file), "--model", str(tmp_path))
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("stagemesh up: worker-")
+    assert "model.safetensors" in last
+    assert not ready_file.exists()
+
+
+@pytest.mark.parametrize("command", [("generate", "x"), ("status",), ("chat",)])
+def test_nobody_there_is_one_sentence(command: tuple[str, ...]) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        option = "--scheduler" if command[0] == "status" else "--target"
+        done = stagemesh(*command, option, address)
+    assert done.returncode == 1
+    assert f"answers at {address}" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_options_from_a_file_reach_the_services(tmp_path: Path) -> None:
+    config = tmp_path / "mesh.toml"
+    config.write_text('[up]\nstages = 1\n[gateway]\nserved_model_name = "storyteller"\n')
+    with started("--config", str(config), ready_file=tmp_path / "ready.json") as (_, ready):
+        assert [p["role"] for p in ready["processes"]].count("worker") == 1
+        with grpc.insecure_channel(ready["grpc"]) as channel:
+            stub = pb_grpc.TextGenerationStub(channel)
+            model = stub.GetModel(pb.GetModelRequest(), timeout=30)
+        assert model.model == "storyteller"
