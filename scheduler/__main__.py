@@ -1,0 +1,18 @@
+"""`python -m scheduler`: one scheduler process, with options from argv and the environment."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from scheduler.options import SchedulerOptions
+from scheduler.server import serve
+from stagemesh.process import run_service
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_service("scheduler", SchedulerOptions, serve, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

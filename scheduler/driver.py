@@ -1,0 +1,164 @@
+"""Drives the core and membership: time, results and requests in; steps, tokens and commands out.
+
+Everything that touches the two happens on one event loop, without waiting, inside `acting`; what
+follows from it is done in the next turn, so that whatever arrives together is planned together.
+A bug in either ends the process, loudly: a scheduler that goes on with a broken state is worse.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Protocol
+
+import structlog
+
+from scheduler.core import Finished, SchedulerCore, Tokens
+from scheduler.links import StepLinks
+from scheduler.membership import Membership
+from scheduler.mesh_view import MeshView, view_of
+from scheduler.messages import (
+    AddPipeline,
+    CloseStream,
+    Command,
+    Effect,
+    EndSession,
+    OpenStream,
+    RemovePipeline,
+    RestartPipeline,
+    ToWorker,
+)
+from stagemesh.errors import InternalError, StageMeshError
+from stagemesh.plan import Epoch, StepResult
+
+log = structlog.get_logger()
+
+
+class Peers(Protocol):
+    """The sessions of workers and gateways, as the driver speaks to them. Nothing here waits."""
+
+    def tell_worker(self, session: int, command: Command) -> None: ...
+    def end_worker(self, session: int, error: StageMeshError | None) -> None: ...
+    def deliver(self, event: Tokens | Finished) -> None: ...
+    def mesh_changed(self, view: MeshView) -> None: ...
+
+    def end_silent_gateways(self, now_ns: int) -> int | None:
+        """Returns when the next lease ends."""
+
+
+class Driver:
+    """`run` it once; others call core and membership inside `acting`. Is the LinkOwner."""
+
+    def __init__(self, core: SchedulerCore, membership: Membership, join_timeout_s: float) -> None:
+        self.core = core
+        self.membership = membership
+        self.view = view_of(membership)
+        self._join_timeout_s = join_timeout_s
+        self._wake = asyncio.Event()
+        self._bug: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._links: StepLinks | None = None
+        self._gateway_lease_ns: int | None = None
+
+    @contextlib.contextmanager
+    def acting(self) -> Iterator[int]:
+        """Around every call of core and membership: gives `now_ns`, has a turn follow.
+
+        Errors of the tree go through; anything else is a bug and ends the process.
+        """
+        try:
+            yield time.monotonic_ns()
+        except StageMeshError:
+            raise
+        except Exception as error:
+            if not self._bug.done():
+                self._bug.set_exception(error)
+            raise InternalError(f"the scheduler failed: {error!r}") from error
+        finally:
+            self._wake.set()
+
+    async def run(self, peers: Peers) -> None:
+        """Until cancelled. Raises what a bug raised."""
+        async with asyncio.TaskGroup() as group:
+            self._links = StepLinks(group, self, self._join_timeout_s)
+            group.create_task(self._fail_on_bug())
+            while True:
+                await self._turn(peers, self._links)
+                await self._until_next_turn()
+
+    # ---- what the links tell -------------------------------------------------------------------
+
+    def num_stages(self, pipeline_id: str, epoch: Epoch) -> int | None:
+        pipeline = self.membership.pipeline(pipeline_id)
+        if pipeline is None or not pipeline.is_current(epoch):
+            return None
+        return pipeline.num_stages
+
+    def stream_opened(self, pipeline_id: str, epoch: Epoch) -> None:
+        with self.acting():
+            self.membership.stream_opened(pipeline_id, epoch)
+
+    def stream_broken(self, pipeline_id: str, epoch: Epoch, error: StageMeshError) -> None:
+        with self.acting() as now_ns:
+            self.membership.stream_broken(pipeline_id, epoch, error, now_ns)
+
+    def result_came(self, result: StepResult) -> None:
+        """The sender hears of a ProtocolError, and its stream breaks, which ends the epoch."""
+        with self.acting() as now_ns:
+            self.core.on_result(result, now_ns)
+            self.membership.step_done(result.pipeline_id)
+
+    # ---- turns ---------------------------------------------------------------------------------
+
+    async def _turn(self, peers: Peers, links: StepLinks) -> None:
+        now_ns = time.monotonic_ns()
+        self._gateway_lease_ns = peers.end_silent_gateways(now_ns)
+        self.membership.tick(now_ns)
+        for effect in self.membership.take_effects():
+            self._apply(effect, peers, links, now_ns)
+        for step in self.core.schedule(now_ns):
+            await links.send(step)
+        for event in self.core.take_events():
+            peers.deliver(event)
+        view = view_of(self.membership)
+        if view != self.view:
+            self.view = view
+            peers.mesh_changed(view)
+
+    def _apply(self, effect: Effect, peers: Peers, links: StepLinks, now_ns: int) -> None:
+        match effect:
+            case ToWorker(session, command):
+                peers.tell_worker(session, command)
+            case EndSession(session, error):
+                peers.end_worker(session, error)
+            case OpenStream(pipeline_id, epoch, address):
+                links.open(pipeline_id, epoch, address)
+            case CloseStream(pipeline_id, epoch):
+                links.close(pipeline_id, epoch)
+            case AddPipeline(facts):
+                self.core.add_pipeline(facts, now_ns)
+            case RestartPipeline(pipeline_id, epoch):
+                self.core.restart_epoch(pipeline_id, epoch, now_ns)
+            case RemovePipeline(pipeline_id):
+                self.core.remove_pipeline(pipeline_id, now_ns)
+
+    async def _until_next_turn(self) -> None:
+        deadlines = (
+            self.core.next_deadline_ns(),
+            self.membership.wakeup_ns(),
+            self._gateway_lease_ns,
+        )
+        due_ns = min((at for at in deadlines if at is not None), default=None)
+        timeout_s = None if due_ns is None else max(0.0, (due_ns - time.monotonic_ns()) / 1e9)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._wake.wait()
+        self._wake.clear()
+
+    async def _fail_on_bug(self) -> None:
+        try:
+            await self._bug
+        except Exception:
+            log.exception("a bug in the scheduler; it ends")
+            raise

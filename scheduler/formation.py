@@ -1,0 +1,148 @@
+"""Makes pipelines of workers: who holds which layers, who takes the place of one that was lost.
+
+A place goes to a worker that holds its layers already, then to one that is meant for them, then to
+one that must load them. Workers that no pipeline needs stay spares. Sans-IO.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from itertools import count
+
+from scheduler.messages import Effect, LoadSpan, ToWorker
+from scheduler.pipelines import MeshPipeline
+from scheduler.placement import StageCosts, partition, plan_stages
+from scheduler.workers import Worker
+from stagemesh.errors import PeerLost
+from stagemesh.plan import ModelSummary, Span
+
+# A worker that comes with layers loaded is what is left of a mesh: its neighbours will come too.
+_RETURN_NS = 15_000_000_000
+
+
+class Formation:
+    """The pipelines of the mesh. `num_stages` 0: as many as workers come within `settle_ns`."""
+
+    def __init__(
+        self, num_stages: int, settle_ns: int, term: int, emit: Callable[[Effect], None]
+    ) -> None:
+        self.pipelines: list[MeshPipeline] = []
+        self._num_stages = num_stages
+        self._settle_ns = settle_ns
+        self._term = term
+        self._emit = emit
+        self._numbers = count()
+        self._settled_ns = 0
+
+    def worker_registered(self, worker: Worker, now_ns: int) -> None:
+        """Before `update`: a new worker may change the cut of what does not serve yet."""
+        wait_ns = self._settle_ns if worker.loaded is None else max(self._settle_ns, _RETURN_NS)
+        self._settled_ns = max(self._settled_ns, now_ns + wait_ns)
+        for pipeline in list(self.pipelines):
+            if not pipeline.has_served and self._is_better_cut_anew(pipeline, worker):
+                self._dissolve(pipeline, now_ns)
+
+    def update(self, workers: Collection[Worker], model: ModelSummary, now_ns: int) -> None:
+        """Fills places, forms what can be formed, and has spans loaded that are not."""
+        for pipeline in [p for p in self.pipelines if not p.members]:
+            self.pipelines.remove(pipeline)
+        for pipeline in self.pipelines:
+            self._fill(pipeline, workers, now_ns)
+        while spans := self._plan(workers, model, now_ns):
+            pipeline = MeshPipeline(f"p{next(self._numbers)}", spans, self._term, self._emit)
+            self.pipelines.append(pipeline)
+            self._fill(pipeline, workers, now_ns)
+        for pipeline in self.pipelines:
+            self._load_spans(pipeline)
+
+    def wakeup_ns(self, workers: Collection[Worker]) -> int | None:
+        """When `update` may form a pipeline, if nothing else happens."""
+        waits = not self.pipelines and any(worker.is_free for worker in workers)
+        return self._settled_ns if waits and not self._num_stages else None
+
+    # ---- forming -------------------------------------------------------------------------------
+
+    def _plan(
+        self, workers: Collection[Worker], model: ModelSummary, now_ns: int
+    ) -> tuple[Span, ...] | None:
+        """The spans of one pipeline more, if there are workers for it."""
+        free = [worker for worker in workers if worker.is_free]
+        if not free:
+            return None
+        costs = StageCosts.of(model)
+        kept = [span for worker in free if (span := _span_that_it_keeps(worker)) is not None]
+        num_stages = self._num_stages or (self.pipelines[0].num_stages if self.pipelines else 0)
+        may_settle = bool(num_stages) or now_ns >= self._settled_ns
+        as_loaded = plan_stages(costs, kept, len(free) - len(kept) if may_settle else 0, num_stages)
+        if as_loaded is not None or not may_settle:
+            return as_loaded
+        fixed = [span for worker in free if (span := worker.registration.fixed_span) is not None]
+        return plan_stages(costs, fixed, len(free) - len(fixed), num_stages) or self._plan_early(
+            costs, fixed
+        )
+
+    def _plan_early(self, costs: StageCosts, fixed: Sequence[Span]) -> tuple[Span, ...] | None:
+        """With the number of stages given the cut is known: who is there may load already."""
+        if self.pipelines or fixed or not self._num_stages:
+            return None
+        return partition(costs, self._num_stages)
+
+    def _is_better_cut_anew(self, pipeline: MeshPipeline, worker: Worker) -> bool:
+        vacant = [pipeline.spans[stage] for stage in pipeline.vacancies]
+        if any(worker.suits(span) in (0, 1) for span in vacant):
+            return False
+        if self._num_stages:
+            return worker.registration.fixed_span is not None and bool(vacant)
+        return not vacant and len(self.pipelines) == 1
+
+    def _dissolve(self, pipeline: MeshPipeline, now_ns: int) -> None:
+        for worker in pipeline.members:
+            pipeline.vacate(worker, PeerLost("the layers are cut anew"), now_ns)
+        self.pipelines.remove(pipeline)
+
+    # ---- places --------------------------------------------------------------------------------
+
+    def _fill(self, pipeline: MeshPipeline, workers: Collection[Worker], now_ns: int) -> None:
+        for stage in pipeline.vacancies:
+            span = pipeline.spans[stage]
+            worker = _best_free(workers, span) or self._best_elsewhere(pipeline, span)
+            if worker is None:
+                continue
+            if worker.pipeline is not None:
+                worker.pipeline.vacate(worker, PeerLost("a worker went elsewhere"), now_ns)
+            pipeline.place(stage, worker)
+
+    def _best_elsewhere(self, pipeline: MeshPipeline, span: Span) -> Worker | None:
+        """One that holds the span in a later pipeline, which lacks somebody anyway."""
+        later = self.pipelines[self.pipelines.index(pipeline) + 1 :]
+        holders = (
+            worker
+            for other in later
+            if other.vacancies
+            for worker in other.members
+            if worker.session is not None and worker.holds(span)
+        )
+        return next(holders, None)
+
+    def _load_spans(self, pipeline: MeshPipeline) -> None:
+        for span, worker in zip(pipeline.spans, pipeline.workers, strict=True):
+            is_wanting = worker is not None and worker.loading is None and not worker.holds(span)
+            if worker is not None and worker.session is not None and is_wanting:
+                worker.loaded, worker.loading, worker.load_fraction = None, span, 0.0
+                self._emit(ToWorker(worker.session, LoadSpan(span)))
+
+
+def _span_that_it_keeps(worker: Worker) -> Span | None:
+    """Fixed by its operator, or loaded already."""
+    if worker.registration.fixed_span is not None:
+        return worker.registration.fixed_span
+    return worker.loaded.span if worker.loaded else None
+
+
+def _best_free(workers: Collection[Worker], span: Span) -> Worker | None:
+    suiting = [
+        (rank, worker.num_failures, worker.number, worker)
+        for worker in workers
+        if worker.is_free and (rank := worker.suits(span)) is not None
+    ]
+    return min(suiting)[-1] if suiting else None

@@ -1,0 +1,331 @@
+"""Who belongs to the mesh: leases, registrations, losses, and the epochs of the pipelines.
+
+A state machine without I/O: what workers say and what the clock shows comes in by calls, with
+`now_ns`; what is to be done comes out of `take_effects`. Whoever drives it calls `tick` after every
+batch of calls and at `wakeup_ns`. Knows no requests and no tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import count
+
+import structlog
+
+from scheduler.agreement import MeshModel
+from scheduler.core import PipelineFacts
+from scheduler.formation import Formation
+from scheduler.messages import AddPipeline, Effect, EndSession, LoadedSpan, Registration
+from scheduler.pipelines import MeshPipeline
+from scheduler.placement import check_num_stages, check_span
+from scheduler.workers import Worker, WorkerStats
+from stagemesh.errors import (
+    ModelMismatch,
+    PeerLost,
+    ProtocolError,
+    StageMeshError,
+)
+from stagemesh.plan import Epoch, Span
+
+_REPORT_FAILURES = 3
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class MembershipLimits:
+    """`num_stages` 0: as many as workers register within `settle_ns` of each other.
+
+    `max_model_len` None: what the model and the pipelines' blocks allow.
+    """
+
+    num_stages: int = 0
+    settle_ns: int = 5_000_000_000
+    lease_ns: int = 2_000_000_000
+    join_timeout_ns: int = 30_000_000_000
+    max_model_len: int | None = None
+
+
+class Membership:
+    """The mesh's members. `term` is this scheduler's incarnation: higher than any before it."""
+
+    def __init__(self, limits: MembershipLimits, term: int) -> None:
+        self.model = MeshModel()
+        self.term = term
+        self._limits = limits
+        self._effects: list[Effect] = []
+        self._formation = Formation(limits.num_stages, limits.settle_ns, term, self._effects.append)
+        self._workers: dict[str, Worker] = {}
+        self._by_session: dict[int, Worker] = {}
+        self._numbers = count(1)
+
+    # ---- what others ask -----------------------------------------------------------------------
+
+    @property
+    def workers(self) -> list[Worker]:
+        return sorted(self._workers.values(), key=lambda worker: worker.number)
+
+    @property
+    def pipelines(self) -> list[MeshPipeline]:
+        return list(self._formation.pipelines)
+
+    @property
+    def max_model_len(self) -> int:
+        """In tokens, from the model and the option alone; 0 until there is a model."""
+        summary = self.model.summary
+        if summary is None:
+            return 0
+        return min(summary.max_position, self._limits.max_model_len or summary.max_position)
+
+    def pipeline(self, pipeline_id: str) -> MeshPipeline | None:
+        found = (p for p in self._formation.pipelines if p.pipeline_id == pipeline_id)
+        return next(found, None)
+
+    def take_effects(self) -> list[Effect]:
+        """What is to be done, in order."""
+        effects = list(self._effects)
+        self._effects.clear()
+        return effects
+
+    def wakeup_ns(self) -> int | None:
+        """When `tick` must be called at the latest, if nothing else happens."""
+        times = [worker.heard_ns + self._limits.lease_ns for worker in self._workers.values()]
+        times += [at for p in self._formation.pipelines if (at := p.wakeup_ns()) is not None]
+        settled_ns = self._formation.wakeup_ns(self._workers.values())
+        return min(times if settled_ns is None else [*times, settled_ns], default=None)
+
+    # ---- workers come and go -------------------------------------------------------------------
+
+    def register(self, session: int, registration: Registration, now_ns: int) -> None:
+        """A worker introduces itself on a new stream.
+
+        Raises ModelMismatch or SpanError where it is of no use to this mesh; then it is no member.
+        """
+        self._check_usable(registration)
+        old = self._workers.get(registration.worker_id)
+        if old is not None and old.registration.incarnation == registration.incarnation:
+            self._reattach(old, session, registration, now_ns)
+            return
+        if old is not None:
+            error = ProtocolError(f"another process registered as worker {old.worker_id}")
+            self._remove(old, error, now_ns, refusal=error)
+        worker = Worker(registration, session, now_ns, next(self._numbers), registration.loaded)
+        self._workers[worker.worker_id] = self._by_session[session] = worker
+        log.info("a worker registered", worker=worker.worker_id, address=registration.address)
+        self._formation.worker_registered(worker, now_ns)
+
+    def heard(self, session: int, now_ns: int, stats: WorkerStats | None = None) -> None:
+        """Any message renews the lease."""
+        if worker := self._by_session.get(session):
+            worker.heard_ns = now_ns
+            worker.stats = stats or worker.stats
+
+    def disconnected(self, session: int, now_ns: int) -> None:
+        """The stream broke. The worker has until the end of its lease to come back."""
+        worker = self._by_session.pop(session, None)
+        if worker is None:
+            return
+        worker.session = None
+        log.warning("the stream of a worker broke", worker=worker.worker_id)
+        if worker.pipeline is not None:
+            lost = PeerLost(f"the stream of worker {worker.worker_id} broke")
+            worker.pipeline.end_epoch(lost, now_ns)
+
+    def goodbye(self, session: int, reason: str, now_ns: int) -> None:
+        if worker := self._by_session.get(session):
+            log.info("a worker leaves", worker=worker.worker_id, reason=reason)
+            self._remove(worker, PeerLost(f"worker {worker.worker_id} left: {reason}"), now_ns)
+
+    # ---- loading -------------------------------------------------------------------------------
+
+    def load_progress(self, session: int, loaded_bytes: int, total_bytes: int) -> None:
+        if worker := self._by_session.get(session):
+            worker.load_fraction = min(1.0, loaded_bytes / max(1, total_bytes))
+
+    def span_loaded(self, session: int, loaded: LoadedSpan, now_ns: int) -> None:
+        worker = self._by_session.get(session)
+        if worker is None:
+            return
+        worker.loading, worker.loaded = None, loaded
+        log.info("layers are loaded", worker=worker.worker_id, span=_text(loaded.span))
+        try:
+            self._check_blocks(worker, loaded)
+        except StageMeshError as error:
+            self._remove(worker, error, now_ns, refusal=error)
+
+    def failed(self, session: int, error: StageMeshError, now_ns: int) -> None:
+        """The worker cannot do what it was told; it is not asked again."""
+        worker = self._by_session.get(session)
+        if worker is None:
+            return
+        worker.loading, worker.error = None, error
+        log.error("a worker failed", worker=worker.worker_id, code=error.code, reason=str(error))
+        if worker.pipeline is not None:
+            worker.pipeline.vacate(worker, error, now_ns)
+
+    # ---- epochs --------------------------------------------------------------------------------
+
+    def epoch_joined(self, session: int, pipeline_id: str, epoch: Epoch) -> None:
+        worker = self._by_session.get(session)
+        pipeline = self._current(pipeline_id, epoch)
+        if worker is not None and pipeline is not None and worker.pipeline is pipeline:
+            pipeline.worker_joined(worker)
+            self._serve_if_joined(pipeline)
+
+    def epoch_broken(
+        self,
+        session: int,
+        pipeline_id: str,
+        epoch: Epoch,
+        error: StageMeshError,
+        peer_address: str,
+        now_ns: int,
+    ) -> None:
+        """A worker saw the epoch end, through the neighbour at `peer_address` or by itself."""
+        worker = self._by_session.get(session)
+        pipeline = self._current(pipeline_id, epoch)
+        if worker is None or pipeline is None or worker.pipeline is not pipeline:
+            return
+        neighbours = [m for m in pipeline.members if m.registration.address == peer_address]
+        for culprit in neighbours or [worker]:
+            self._blame(culprit, error)
+        pipeline.end_epoch(error, now_ns)
+
+    def stream_opened(self, pipeline_id: str, epoch: Epoch) -> None:
+        """The scheduler's own stream to the first stage."""
+        if pipeline := self._current(pipeline_id, epoch):
+            pipeline.stream_opened()
+            self._serve_if_joined(pipeline)
+
+    def stream_broken(
+        self, pipeline_id: str, epoch: Epoch, error: StageMeshError, now_ns: int
+    ) -> None:
+        """A stream between the scheduler and a stage, of steps or of results."""
+        if pipeline := self._current(pipeline_id, epoch):
+            log.warning("an epoch ended", pipeline=pipeline_id, n=epoch.n, reason=str(error))
+            pipeline.end_epoch(error, now_ns)
+
+    def step_done(self, pipeline_id: str) -> None:
+        if pipeline := self.pipeline(pipeline_id):
+            pipeline.step_done()
+
+    # ---- time ----------------------------------------------------------------------------------
+
+    def tick(self, now_ns: int) -> None:
+        """Ends leases and joins that take too long, fills places, begins epochs."""
+        for worker in list(self._workers.values()):
+            if now_ns >= worker.heard_ns + self._limits.lease_ns:
+                lost = PeerLost(f"worker {worker.worker_id} was silent for too long")
+                log.warning("a worker is lost", worker=worker.worker_id, reason=str(lost))
+                self._remove(worker, lost, now_ns)
+        for pipeline in self._formation.pipelines:
+            self._end_late_join(pipeline, now_ns)
+        if self.model.summary is not None:
+            self._formation.update(self.workers, self.model.summary, now_ns)
+        for pipeline in self._formation.pipelines:
+            pipeline.advance(now_ns, self._limits.join_timeout_ns)
+
+    # ---- inside --------------------------------------------------------------------------------
+
+    def _check_usable(self, registration: Registration) -> None:
+        num_layers = registration.model.num_layers
+        if registration.fixed_span is not None:
+            check_span(registration.fixed_span, num_layers)
+        check_num_stages(self._limits.num_stages, num_layers)
+        self.model.admit(registration)
+
+    def _check_blocks(self, worker: Worker, loaded: LoadedSpan) -> None:
+        for other in worker.pipeline.members if worker.pipeline else ():
+            size = other.loaded.block_size_tokens if other.loaded else loaded.block_size_tokens
+            if size != loaded.block_size_tokens:
+                raise ModelMismatch(
+                    f"worker {worker.worker_id} has KV blocks of {loaded.block_size_tokens} "
+                    f"tokens, worker {other.worker_id} of {size}"
+                )
+
+    def _reattach(
+        self, worker: Worker, session: int, registration: Registration, now_ns: int
+    ) -> None:
+        """The same process on a new stream: what it holds is what it says."""
+        if worker.session is not None:
+            old = worker.session
+            self.disconnected(old, now_ns)
+            self._effects.append(EndSession(old))
+        worker.registration, worker.session = registration, session
+        worker.heard_ns = now_ns
+        worker.loaded, worker.loading = registration.loaded, None
+        self._by_session[session] = worker
+        log.info("a worker is back", worker=worker.worker_id)
+
+    def _remove(
+        self,
+        worker: Worker,
+        reason: StageMeshError,
+        now_ns: int,
+        *,
+        refusal: StageMeshError | None = None,
+    ) -> None:
+        if worker.pipeline is not None:
+            worker.pipeline.vacate(worker, reason, now_ns)
+        if worker.session is not None:
+            del self._by_session[worker.session]
+            self._effects.append(EndSession(worker.session, refusal))
+            worker.session = None
+        del self._workers[worker.worker_id]
+        if not self._workers:
+            self.model.all_workers_left()
+
+    def _current(self, pipeline_id: str, epoch: Epoch) -> MeshPipeline | None:
+        """The pipeline, if `epoch` is the one that it joins or serves; else the word is too late."""
+        pipeline = self.pipeline(pipeline_id)
+        return pipeline if pipeline is not None and pipeline.is_current(epoch) else None
+
+    def _serve_if_joined(self, pipeline: MeshPipeline) -> None:
+        if not pipeline.has_joined:
+            return
+        self.model.pin()
+        if pipeline.serve():
+            self._effects.append(AddPipeline(self._facts(pipeline)))
+        log.info("a pipeline serves", pipeline=pipeline.pipeline_id, n=pipeline.epoch.n)
+
+    def _facts(self, pipeline: MeshPipeline) -> PipelineFacts:
+        assert self.model.summary is not None
+        return PipelineFacts(
+            pipeline_id=pipeline.pipeline_id,
+            epoch=pipeline.epoch,
+            num_stages=pipeline.num_stages,
+            num_blocks=pipeline.num_blocks,
+            block_size_tokens=pipeline.block_size_tokens,
+            max_model_len=self.max_model_len,
+            model_identity=self.model.identity,
+            dynamic_rope_length=self.model.summary.dynamic_rope_length,
+        )
+
+    def _end_late_join(self, pipeline: MeshPipeline, now_ns: int) -> None:
+        if not pipeline.is_late(now_ns):
+            return
+        late = pipeline.late_members(now_ns)
+        names = ", ".join(worker.worker_id for worker in late) or "the first stage's stream"
+        error = PeerLost(f"{names} did not join in time")
+        self._blame_all(late, error)
+        pipeline.end_epoch(error, now_ns)
+
+    def _blame_all(self, culprits: Iterable[Worker], error: StageMeshError) -> None:
+        for worker in culprits:
+            self._blame(worker, error)
+
+    def _blame(self, worker: Worker, error: StageMeshError) -> None:
+        worker.num_failures += 1
+        report = log.error if worker.num_failures >= _REPORT_FAILURES else log.warning
+        report(
+            "an epoch ended through a worker",
+            worker=worker.worker_id,
+            times=worker.num_failures,
+            code=error.code,
+            reason=str(error),
+        )
+
+
+def _text(span: Span) -> str:
+    return f"{span.start}:{span.end}"

@@ -1,0 +1,134 @@
+"""What membership hears and says: facts of workers, commands to them, effects on the rest.
+
+Frozen values; the adapters turn them into protobuf messages, calls of the core and streams.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from scheduler.core import PipelineFacts
+from stagemesh.errors import StageMeshError
+from stagemesh.plan import Epoch, ModelSummary, Span
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedSpan:
+    """What a worker holds, and how much KV its memory takes beside it."""
+
+    span: Span
+    num_blocks: int
+    block_size_tokens: int
+    weight_bytes: int = 0
+    kv_block_bytes: int = 0
+    load_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """How a worker introduces itself.
+
+    `incarnation` is new in every process. `loaded` is what it still holds from before its stream
+    broke. `scheduler_address` is the scheduler's own, as this worker reaches it.
+    """
+
+    worker_id: str
+    incarnation: int
+    address: str
+    model: ModelSummary
+    fixed_span: Span | None = None
+    loaded: LoadedSpan | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
+    batch_invariant: bool = False
+    pid: int = 0
+    scheduler_address: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadSpan:
+    span: Span
+
+
+@dataclass(frozen=True, slots=True)
+class JoinEpoch:
+    """See JoinEpoch in mesh.proto."""
+
+    pipeline_id: str
+    epoch: Epoch
+    stage: int
+    num_stages: int
+    next_address: str
+    num_blocks: int
+    keep_kv: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LeaveEpoch:
+    pipeline_id: str
+    epoch: Epoch
+
+
+Command = LoadSpan | JoinEpoch | LeaveEpoch
+
+
+@dataclass(frozen=True, slots=True)
+class ToWorker:
+    session: int
+    command: Command
+
+
+@dataclass(frozen=True, slots=True)
+class EndSession:
+    """The worker's stream ends; with an error it is refused and does not come back."""
+
+    session: int
+    error: StageMeshError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OpenStream:
+    """Steps of the epoch are to be pushed to the first stage at `address`."""
+
+    pipeline_id: str
+    epoch: Epoch
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class CloseStream:
+    pipeline_id: str
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class AddPipeline:
+    """All members have joined, with empty KV."""
+
+    facts: PipelineFacts
+
+
+@dataclass(frozen=True, slots=True)
+class RestartPipeline:
+    """All members have joined a new epoch with the KV that they had."""
+
+    pipeline_id: str
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class RemovePipeline:
+    """The KV of the pipeline is gone, or a part of it."""
+
+    pipeline_id: str
+
+
+Effect = (
+    ToWorker
+    | EndSession
+    | OpenStream
+    | CloseStream
+    | AddPipeline
+    | RestartPipeline
+    | RemovePipeline
+)

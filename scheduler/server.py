@@ -1,0 +1,142 @@
+"""The scheduler as a process: wires core, membership, driver and services together.
+
+Health (grpc.health.v1): "" and "stagemesh.v1.Scheduler" serve while the process does; "mesh" serves
+while a pipeline does. The term is the wall clock's time at the start in nanoseconds: it rises with
+each incarnation unless the host's clock is set back.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import structlog
+
+from protos import mesh_pb2, mesh_pb2_grpc
+from scheduler.core import Finished, SchedulerCore, Tokens
+from scheduler.driver import Driver
+from scheduler.gateways import Gateways
+from scheduler.links import ResultLinks
+from scheduler.membership import Membership
+from scheduler.mesh_view import MeshView
+from scheduler.messages import Command
+from scheduler.options import SchedulerOptions
+from scheduler.outbox import Context
+from scheduler.status import status_of
+from scheduler.worker_sessions import WorkerSessions
+from stagemesh.addresses import advertised_address
+from stagemesh.errors import MeshUnavailable, StageMeshError
+from stagemesh.rpc import RpcServer
+from stagemesh.transport import push_handlers
+
+SERVICE_NAME = "stagemesh.v1.Scheduler"
+MESH_CHECK = "mesh"
+_STOP_GRACE_S = 1.0
+
+log = structlog.get_logger()
+
+
+async def serve(
+    options: SchedulerOptions, on_ready: Callable[[Mapping[str, object]], None] | None
+) -> None:
+    """Runs until cancelled; tells `on_ready` the address. Raises AddressInUse, ConfigError."""
+    server = RpcServer(options.listen)
+    core = SchedulerCore(options.core_limits())
+    membership = Membership(options.membership_limits(), term=time.time_ns())
+    driver = Driver(core, membership, options.join_timeout_s)
+    service = SchedulerService(options, driver, server)
+    mesh_pb2_grpc.add_SchedulerServicer_to_server(service, server.server)  # type: ignore[no-untyped-call]
+    server.server.add_generic_rpc_handlers((push_handlers(ResultLinks(driver)),))
+    server.add_service_name(SERVICE_NAME)
+    service.bound = await server.start()
+    for name in ("", SERVICE_NAME):
+        server.set_serving(True, name)
+    server.set_serving(False, MESH_CHECK)
+    log.info("the scheduler listens", address=service.bound, term=membership.term)
+    try:
+        if on_ready is not None:
+            on_ready({"address": service.bound})
+        await driver.run(service)
+    finally:
+        service.say_farewell()
+        await server.stop(_STOP_GRACE_S)
+
+
+class SchedulerService(mesh_pb2_grpc.SchedulerServicer):
+    """The gRPC service, and the driver's Peers."""
+
+    def __init__(self, options: SchedulerOptions, driver: Driver, server: RpcServer) -> None:
+        self.bound = options.listen
+        self._advertise = options.advertise
+        self._driver = driver
+        self._server = server
+        self._start_ns = time.monotonic_ns()
+        pace = {
+            "term": driver.membership.term,
+            "heartbeat_interval_ms": round(options.heartbeat_interval_s * 1000),
+            "lease_ms": round(options.lease_s * 1000),
+        }
+        self._workers = WorkerSessions(driver, mesh_pb2.WelcomeWorker(**pace), self._own_address)
+        self._gateways = Gateways(
+            driver.core, driver.acting, mesh_pb2.WelcomeGateway(**pace), self._vocab_size
+        )
+        self._gateways.mesh_changed(driver.view)
+
+    # ---- rpcs ----------------------------------------------------------------------------------
+
+    async def AttachWorker(self, _: object, context: Context) -> None:  # noqa: N802
+        await self._workers.serve(context)
+
+    async def AttachGateway(self, _: object, context: Context) -> None:  # noqa: N802
+        await self._gateways.serve(context)
+
+    async def GetStatus(  # noqa: N802
+        self, _: mesh_pb2.GetStatusRequest, __: Context
+    ) -> mesh_pb2.GetStatusResponse:
+        with self._driver.acting() as now_ns:
+            return status_of(
+                self._driver.membership,
+                self._driver.core.stats(now_ns),
+                self._driver.view,
+                len(self._gateways),
+                now_ns - self._start_ns,
+            )
+
+    # ---- peers of the driver -------------------------------------------------------------------
+
+    def tell_worker(self, session: int, command: Command) -> None:
+        self._workers.tell(session, command)
+
+    def end_worker(self, session: int, error: StageMeshError | None) -> None:
+        self._workers.end(session, error)
+
+    def deliver(self, event: Tokens | Finished) -> None:
+        self._gateways.deliver(event)
+
+    def mesh_changed(self, view: MeshView) -> None:
+        self._server.set_serving(view.serving, MESH_CHECK)
+        self._gateways.mesh_changed(view)
+
+    def end_silent_gateways(self, now_ns: int) -> int | None:
+        return self._gateways.end_silent(now_ns)
+
+    def say_farewell(self) -> None:
+        """Gateways and workers will dial again: a scheduler may come back here."""
+        self._gateways.refuse_all(
+            MeshUnavailable("the scheduler is shutting down", retry_after_s=1.0)
+        )
+        self._workers.end_all()
+
+    # ---- inside --------------------------------------------------------------------------------
+
+    def _own_address(self, peer: str) -> str:
+        """As the worker at `peer` ("ipv4:1.2.3.4:5", "ipv6:[::1]:5") reaches it, for results."""
+        _, _, towards = peer.partition(":")
+        return advertised_address(
+            self.bound, self._advertise, towards.replace("%5B", "[").replace("%5D", "]")
+        )
+
+    def _vocab_size(self) -> int:
+        summary: Any = self._driver.membership.model.summary
+        return summary.vocab_size if summary else 0

@@ -1,0 +1,84 @@
+"""A worker as the scheduler sees it: who it is, what it holds, when it was last heard of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from scheduler.messages import LoadedSpan, Registration
+from stagemesh.errors import StageMeshError
+from stagemesh.plan import Span
+
+if TYPE_CHECKING:
+    from scheduler.pipelines import MeshPipeline
+
+
+class WorkerPhase(Enum):
+    IDLE = "idle"
+    LOADING = "loading"
+    READY = "ready"
+    SERVING = "serving"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStats:
+    """What a worker counts of itself; see WorkerStats in mesh.proto."""
+
+    rss_anon_bytes: int = 0
+    steps_executed: int = 0
+    rows_executed: int = 0
+    tokens_executed: int = 0
+    compute_ns: int = 0
+    idle_ns: int = 0
+    steps_queued: int = 0
+    bytes_sent: int = 0
+    messages_sent: int = 0
+    sequences_held: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """A member of the mesh. `session` is None while its stream is broken and its lease runs on."""
+
+    registration: Registration
+    session: int | None
+    heard_ns: int
+    number: int
+    loaded: LoadedSpan | None = None
+    loading: Span | None = None
+    load_fraction: float = 0.0
+    pipeline: MeshPipeline | None = None
+    # Why it cannot be used; it stays a member that does nothing.
+    error: StageMeshError | None = None
+    # Epochs in a row that ended through it.
+    num_failures: int = 0
+    stats: WorkerStats = field(default_factory=WorkerStats)
+
+    @property
+    def worker_id(self) -> str:
+        return self.registration.worker_id
+
+    @property
+    def is_free(self) -> bool:
+        return self.session is not None and self.pipeline is None and self.error is None
+
+    @property
+    def phase(self) -> WorkerPhase:
+        if self.loading is not None:
+            return WorkerPhase.LOADING
+        if self.loaded is None:
+            return WorkerPhase.IDLE
+        is_serving = self.pipeline is not None and self.pipeline.is_serving
+        return WorkerPhase.SERVING if is_serving else WorkerPhase.READY
+
+    def holds(self, span: Span) -> bool:
+        return self.loaded is not None and self.loaded.span == span
+
+    def suits(self, span: Span) -> int | None:
+        """How soon it could serve `span`: 0 holds it, 1 is meant for it, 2 may load it; None: no."""
+        if self.registration.fixed_span not in (None, span):
+            return None
+        if self.holds(span):
+            return 0
+        return 1 if self.registration.fixed_span == span else 2
