@@ -16,18 +16,35 @@ from scheduler.core.pipeline import Pipeline
 from scheduler.core.sequence import Sequence
 
 
-class _Opening:
-    """A pipeline that can take more work in this round."""
+def has_place(pipeline: Pipeline, best_priority: int, limits: SchedulerLimits) -> bool:
+    """Whether a sequence of this priority may begin, as far as steps and numbers go."""
+    if pipeline.num_step_slots <= 0:
+        return False
+    running = pipeline.running.values()
+    return len(running) < limits.max_running_requests or any(
+        sequence.request.priority > best_priority for sequence in running
+    )
 
-    def __init__(self, pipeline: Pipeline, max_step_tokens: int) -> None:
+
+class _Opening:
+    """A pipeline that can take more work in this round.
+
+    Work of worse priority does not count: whoever comes first goes before it in the next steps.
+    """
+
+    def __init__(self, pipeline: Pipeline, best_priority: int, max_step_tokens: int) -> None:
         self.pipeline = pipeline
+        self._best_priority = best_priority
         self.max_pending_tokens = pipeline.num_step_slots * max_step_tokens
         self.measure()
 
     def measure(self) -> None:
-        running = self.pipeline.running.values()
         self.blocks = BlockBudget(self.pipeline)
-        self.num_pending_tokens = sum(sequence.num_pending for sequence in running)
+        self.num_pending_tokens = sum(
+            sequence.num_pending
+            for sequence in self.pipeline.running.values()
+            if sequence.request.priority <= self._best_priority
+        )
 
     @property
     def has_use_for_more(self) -> bool:
@@ -49,9 +66,12 @@ class _Offer:
 
 
 class AdmissionRound:
+    """One look at all pipelines on behalf of the queue, whose best priority is given."""
+
     def __init__(
         self,
         pipelines: Iterable[Pipeline],
+        best_priority: int,
         limits: SchedulerLimits,
         preempt: Callable[[Sequence], None],
     ) -> None:
@@ -59,7 +79,11 @@ class AdmissionRound:
         self._preempt = preempt
         pipelines = tuple(pipelines)
         self._max_capacity = max((p.facts.capacity_tokens for p in pipelines), default=0)
-        openings = [_Opening(p, limits.max_step_tokens) for p in pipelines]
+        openings = [
+            _Opening(pipeline, best_priority, limits.max_step_tokens)
+            for pipeline in pipelines
+            if has_place(pipeline, best_priority, limits)
+        ]
         self._openings = [opening for opening in openings if opening.has_use_for_more]
 
     @property

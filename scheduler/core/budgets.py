@@ -59,6 +59,6 @@ class BlockBudget:
         return num_alone + self._num_missing(sequence)
 
     def _num_missing(self, sequence: Sequence) -> int:
-        table = sequence.table
-        num_entries = self._pipeline.facts.num_blocks_for(sequence.num_tokens)
-        return max(0, num_entries - table.num_entries) * table.num_groups
+        facts, table = self._pipeline.facts, sequence.table
+        num_missing = facts.num_blocks_for(sequence.num_tokens) - table.num_entries
+        return num_missing * table.num_groups if num_missing > 0 else 0

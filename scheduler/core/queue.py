@@ -25,6 +25,10 @@ class WaitingQueue:
         """Over a copy: the queue may change meanwhile."""
         return iter(tuple(self._sequences))
 
+    @property
+    def best_priority(self) -> int | None:
+        return self._sequences[0].request.priority if self._sequences else None
+
     def add(self, sequence: Sequence) -> None:
         insort(self._sequences, sequence, key=_rank)
 

@@ -191,9 +191,10 @@ class SchedulerCore:
         return [step for step in steps if step is not None]
 
     def _admit(self) -> None:
-        if not self._roster.queue:
+        best = self._roster.queue.best_priority
+        if best is None:
             return
-        admission = AdmissionRound(self._pipelines.values(), self._limits, self._preempt)
+        admission = AdmissionRound(self._pipelines.values(), best, self._limits, self._preempt)
         for sequence in self._roster.queue:
             if admission.is_over:
                 return
