@@ -21,18 +21,29 @@ _RETURN_NS = 15_000_000_000
 
 
 class Formation:
-    """The pipelines of the mesh. `num_stages` 0: as many as workers come within `settle_ns`."""
+    """The pipelines of the mesh.
+
+    `num_stages` 0: as many as workers come within `settle_ns`. `num_replicas` bounds the pipelines;
+    0: as many as can be made.
+    """
 
     def __init__(
-        self, num_stages: int, settle_ns: int, term: int, emit: Callable[[Effect], None]
+        self,
+        num_stages: int,
+        num_replicas: int,
+        settle_ns: int,
+        term: int,
+        emit: Callable[[Effect], None],
     ) -> None:
         self.pipelines: list[MeshPipeline] = []
         self._num_stages = num_stages
+        self._num_replicas = num_replicas
         self._settle_ns = settle_ns
         self._term = term
         self._emit = emit
         self._numbers = count()
         self._settled_ns = 0
+        self._updated_ns = 0
 
     def worker_registered(self, worker: Worker, now_ns: int) -> None:
         """Before `update`: a new worker may change the cut of what does not serve yet."""
@@ -44,6 +55,7 @@ class Formation:
 
     def update(self, workers: Collection[Worker], model: ModelSummary, now_ns: int) -> None:
         """Fills places, forms what can be formed, and has spans loaded that are not."""
+        self._updated_ns = now_ns
         for pipeline in [p for p in self.pipelines if not p.members]:
             self.pipelines.remove(pipeline)
         for pipeline in self.pipelines:
@@ -58,7 +70,8 @@ class Formation:
     def wakeup_ns(self, workers: Collection[Worker]) -> int | None:
         """When `update` may form a pipeline, if nothing else happens."""
         waits = not self.pipelines and any(worker.is_free for worker in workers)
-        return self._settled_ns if waits and not self._num_stages else None
+        is_to_come = self._settled_ns > self._updated_ns and not self._num_stages
+        return self._settled_ns if waits and is_to_come else None
 
     # ---- forming -------------------------------------------------------------------------------
 
@@ -67,7 +80,7 @@ class Formation:
     ) -> tuple[Span, ...] | None:
         """The spans of one pipeline more, if there are workers for it."""
         free = [worker for worker in workers if worker.is_free]
-        if not free:
+        if not free or 0 < self._num_replicas <= len(self.pipelines):
             return None
         costs = StageCosts.of(model)
         kept = [span for worker in free if (span := _span_that_it_keeps(worker)) is not None]
@@ -83,7 +96,8 @@ class Formation:
 
     def _plan_early(self, costs: StageCosts, fixed: Sequence[Span]) -> tuple[Span, ...] | None:
         """With the number of stages given the cut is known: who is there may load already."""
-        if self.pipelines or fixed or not self._num_stages:
+        is_awaited = not self.pipelines or len(self.pipelines) < self._num_replicas
+        if fixed or not self._num_stages or not is_awaited:
             return None
         return partition(costs, self._num_stages)
 
@@ -93,7 +107,9 @@ class Formation:
             return False
         if self._num_stages:
             return worker.registration.fixed_span is not None and bool(vacant)
-        return not vacant and len(self.pipelines) == 1
+        is_all_fixed = all(m.registration.fixed_span is not None for m in pipeline.members)
+        is_complete_and_only = not vacant and len(self.pipelines) == 1
+        return is_complete_and_only and not is_all_fixed and worker.loaded is None
 
     def _dissolve(self, pipeline: MeshPipeline, now_ns: int) -> None:
         for worker in pipeline.members:

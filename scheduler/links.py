@@ -81,8 +81,7 @@ class StepLinks:
         try:
             self._streams[pipeline_id, epoch] = stream
             self._owner.stream_opened(pipeline_id, epoch)
-            error = await stream.wait_broken()
-            self._owner.stream_broken(pipeline_id, epoch, error)
+            self._owner.stream_broken(pipeline_id, epoch, await stream.wait_broken())
         finally:
             await stream.abandon()
 

@@ -7,7 +7,7 @@ batch of calls and at `wakeup_ns`. Knows no requests and no tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -37,10 +37,12 @@ log = structlog.get_logger()
 class MembershipLimits:
     """`num_stages` 0: as many as workers register within `settle_ns` of each other.
 
-    `max_model_len` None: what the model and the pipelines' blocks allow.
+    `num_replicas` bounds the pipelines; 0: as many as can be made. `max_model_len` None: what the
+    model and the pipelines' blocks allow.
     """
 
     num_stages: int = 0
+    num_replicas: int = 0
     settle_ns: int = 5_000_000_000
     lease_ns: int = 2_000_000_000
     join_timeout_ns: int = 30_000_000_000
@@ -55,7 +57,9 @@ class Membership:
         self.term = term
         self._limits = limits
         self._effects: list[Effect] = []
-        self._formation = Formation(limits.num_stages, limits.settle_ns, term, self._effects.append)
+        self._formation = Formation(
+            limits.num_stages, limits.num_replicas, limits.settle_ns, term, self._effects.append
+        )
         self._workers: dict[str, Worker] = {}
         self._by_session: dict[int, Worker] = {}
         self._numbers = count(1)
@@ -187,10 +191,10 @@ class Membership:
         pipeline = self._current(pipeline_id, epoch)
         if worker is None or pipeline is None or worker.pipeline is not pipeline:
             return
-        neighbours = [m for m in pipeline.members if m.registration.address == peer_address]
-        for culprit in neighbours or [worker]:
-            self._blame(culprit, error)
-        pipeline.end_epoch(error, now_ns)
+        # Where the peer is the scheduler itself, nobody is blamed.
+        blamed = peer_address or worker.registration.address
+        culprits = [m for m in pipeline.members if m.registration.address == blamed]
+        self._end_epoch(pipeline, culprits, error, now_ns)
 
     def stream_opened(self, pipeline_id: str, epoch: Epoch) -> None:
         """The scheduler's own stream to the first stage."""
@@ -203,8 +207,7 @@ class Membership:
     ) -> None:
         """A stream between the scheduler and a stage, of steps or of results."""
         if pipeline := self._current(pipeline_id, epoch):
-            log.warning("an epoch ended", pipeline=pipeline_id, n=epoch.n, reason=str(error))
-            pipeline.end_epoch(error, now_ns)
+            self._end_epoch(pipeline, [], error, now_ns)
 
     def step_done(self, pipeline_id: str) -> None:
         if pipeline := self.pipeline(pipeline_id):
@@ -277,7 +280,7 @@ class Membership:
             self.model.all_workers_left()
 
     def _current(self, pipeline_id: str, epoch: Epoch) -> MeshPipeline | None:
-        """The pipeline, if `epoch` is the one that it joins or serves; else the word is too late."""
+        """The pipeline, if `epoch` is the one that it joins or serves; else the word is late."""
         pipeline = self.pipeline(pipeline_id)
         return pipeline if pipeline is not None and pipeline.is_current(epoch) else None
 
@@ -308,23 +311,29 @@ class Membership:
         late = pipeline.late_members(now_ns)
         names = ", ".join(worker.worker_id for worker in late) or "the first stage's stream"
         error = PeerLost(f"{names} did not join in time")
-        self._blame_all(late, error)
-        pipeline.end_epoch(error, now_ns)
+        self._end_epoch(pipeline, late, error, now_ns)
 
-    def _blame_all(self, culprits: Iterable[Worker], error: StageMeshError) -> None:
+    def _end_epoch(
+        self,
+        pipeline: MeshPipeline,
+        culprits: Sequence[Worker],
+        error: StageMeshError,
+        now_ns: int,
+    ) -> None:
+        """Through the culprits, where they are known. One that goes on failing is an error."""
         for worker in culprits:
-            self._blame(worker, error)
-
-    def _blame(self, worker: Worker, error: StageMeshError) -> None:
-        worker.num_failures += 1
-        report = log.error if worker.num_failures >= _REPORT_FAILURES else log.warning
-        report(
-            "an epoch ended through a worker",
-            worker=worker.worker_id,
-            times=worker.num_failures,
+            worker.num_failures += 1
+        most = max((worker.num_failures for worker in culprits), default=0)
+        (log.error if most >= _REPORT_FAILURES else log.warning)(
+            "an epoch ended",
+            pipeline=pipeline.pipeline_id,
+            n=pipeline.epoch.n,
+            through=[worker.worker_id for worker in culprits],
+            times_in_a_row=most,
             code=error.code,
             reason=str(error),
         )
+        pipeline.end_epoch(error, now_ns)
 
 
 def _text(span: Span) -> str:

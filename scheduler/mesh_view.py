@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scheduler.membership import Membership
@@ -44,16 +44,15 @@ def _capacity(membership: Membership, pipeline: MeshPipeline) -> int:
     return min(membership.max_model_len, pipeline.num_blocks * pipeline.block_size_tokens)
 
 
-def _detail(workers: Iterable[Worker], pipelines: Iterable[MeshPipeline]) -> str:
+def _detail(workers: Sequence[Worker], pipelines: Sequence[MeshPipeline]) -> str:
     """Empty where all is well."""
     reasons = [reason for pipeline in pipelines if (reason := _waits_for(pipeline))]
     reasons += [f"worker {each.worker_id}: {each.error}" for each in workers if each.error]
-    if reasons or list(pipelines):
+    if reasons or pipelines:
         return "; ".join(reasons)
-    num_workers = len(list(workers))
-    if num_workers == 0:
+    if not workers:
         return "no worker has registered"
-    return f"{num_workers} workers are here, no pipeline can be made of them yet"
+    return f"{len(workers)} workers are here, no pipeline can be made of them yet"
 
 
 def _waits_for(pipeline: MeshPipeline) -> str:

@@ -13,8 +13,6 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import grpc.aio
 
-from stagemesh.errors import StageMeshError
-
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -110,6 +108,3 @@ async def first_message(context: Context, timeout_s: float) -> Any:
             message = await context.read()
             return None if message is grpc.aio.EOF else message
     return None
-
-
-__all__ = ["Context", "Outbox", "StageMeshError", "converse", "first_message"]

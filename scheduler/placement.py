@@ -1,8 +1,8 @@
 """Which layers go where: spans of stages, fixed by operators or made even by cost.
 
-Pure functions. A stage's cost is the bytes of weights that it reads for every token: its layers, and
-the LM head on the last stage. Looking a token up in the embedding costs next to nothing, but the
-embedding takes memory on the first stage; so memory decides where costs tie.
+Pure functions. A stage's cost is the bytes of weights that it reads for every token: its layers,
+and the LM head on the last stage. Looking a token up in the embedding costs next to nothing, but
+the embedding takes memory on the first stage; so memory decides where costs tie.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def plan_stages(
 
     `fixed` are the spans that operators fixed, one per worker; `num_free` workers take any span.
     As many layers as possible are covered by fixed spans, each gap between them by free workers.
-    `num_stages` 0: as many stages as there are workers for, and no fixed span that fits is left out.
-    Fixed spans that cover all layers make a pipeline whatever `num_stages` says.
+    `num_stages` 0: as many stages as there are workers for, and no fixed span that fits is left
+    out. Fixed spans that cover all layers make a pipeline whatever `num_stages` says.
     """
     chains = _chains(sorted(set(fixed)), costs.num_layers)
     chains.sort(key=lambda chain: (chain.gap_layers, len(chain.spans) != num_stages))
@@ -144,7 +144,7 @@ class _Chain:
     num_gaps: int
 
     def extended(self, at: int, *spans: Span) -> _Chain:
-        """With a gap from the end of the chain to `at`, where there is one, and `spans` after it."""
+        """With a gap from the end of the chain to `at`, if there is one, and `spans` after it."""
         gap_layers = at - (self.spans[-1].end if self.spans else 0)
         return _Chain(
             (*self.spans, *spans), self.gap_layers + gap_layers, self.num_gaps + (gap_layers > 0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
+from urllib.parse import unquote
 
 import structlog
 
@@ -133,9 +134,7 @@ class SchedulerService(mesh_pb2_grpc.SchedulerServicer):
     def _own_address(self, peer: str) -> str:
         """As the worker at `peer` ("ipv4:1.2.3.4:5", "ipv6:[::1]:5") reaches it, for results."""
         _, _, towards = peer.partition(":")
-        return advertised_address(
-            self.bound, self._advertise, towards.replace("%5B", "[").replace("%5D", "]")
-        )
+        return advertised_address(self.bound, self._advertise, unquote(towards))
 
     def _vocab_size(self) -> int:
         summary: Any = self._driver.membership.model.summary

@@ -76,7 +76,7 @@ class Worker:
         return self.loaded is not None and self.loaded.span == span
 
     def suits(self, span: Span) -> int | None:
-        """How soon it could serve `span`: 0 holds it, 1 is meant for it, 2 may load it; None: no."""
+        """How soon it could serve `span`: 0 holds it, 1 meant for it, 2 may load it; None: no."""
         if self.registration.fixed_span not in (None, span):
             return None
         if self.holds(span):
