@@ -118,7 +118,7 @@ class MeshSession:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._write())
             tasks.create_task(self._beat())
-            async for event in self._call:
+            while isinstance(event := await self._call.read(), mesh_pb2.GatewayEvent):
                 on_event(event)
             raise MeshUnavailable("the scheduler ended the stream")
 

@@ -205,10 +205,10 @@ class _ChoiceWriter:
     def _logprobs_of(self, delta: Delta) -> dict[str, Any] | None:
         if self._body.logprobs is None:
             return None
-        parts = [self._logprobs.of_tokens(delta.tokens)]
+        parts = []
         if delta.prompt is not None and self._body.echo:
-            parts.insert(0, self._logprobs.of_prompt(delta.prompt))
-        return joined(parts)
+            parts.append(self._logprobs.of_prompt(delta.prompt))
+        return joined([*parts, self._logprobs.of_tokens(delta.tokens)])
 
 
 def _merged(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
