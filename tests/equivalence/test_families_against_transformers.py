@@ -126,7 +126,7 @@ def test_greedy_tokens_are_those_of_transformers(model: TinyModel, directory: Pa
 
 
 def test_dynamic_rope_beyond_its_context_is_fixed_by_the_total_length(directory: Path) -> None:
-    """All positions of a request turn as transformers turns a prompt of the request's full length."""
+    """All positions turn as transformers turns them in a prompt of the request's full length."""
     model = TinyModel("llama-dynamic-long", "LlamaConfig", rope("dynamic", factor=4.0), 1)
     reference = tiny_model(model, directory)
     (prompt,) = prompts(1, (200,), SIZES["vocab_size"], 5)

@@ -1,10 +1,11 @@
-"""Runs requests through a chain of stage executors in one process, by the simplest plan there is."""
+"""Runs requests through a chain of stage executors in one process, by the simplest of plans."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from stage_worker.executor import ExecutorConfig, StageExecutor
@@ -28,7 +29,7 @@ EPOCH = Epoch(1, 1)
 
 def even_spans(num_layers: int, num_stages: int) -> list[Span]:
     bounds = [round(i * num_layers / num_stages) for i in range(num_stages + 1)]
-    return [Span(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [Span(a, b) for a, b in pairwise(bounds)]
 
 
 @dataclass
@@ -177,7 +178,7 @@ class Chain:
         max_rows: int = 1000,
         before_step: Callable[[list[Live]], None] = lambda alive: None,
     ) -> list[Live]:
-        """All requests to their ends, `max_rows` at a time; later ones start as earlier ones end."""
+        """All requests to their ends, `max_rows` at a time; others start as earlier ones end."""
         waiting, lives = list(wishes), []
         alive: list[Live] = []
         forget: list[SequenceRun] = []
