@@ -108,6 +108,13 @@ class AdmissionRound:
         self._begin(sequence, min(possible, key=lambda offer: offer.cost_tokens(sequence)))
         return True
 
+    def could_admit(self, sequence: Sequence) -> bool:
+        """Whether there is room somewhere without taking it from others."""
+        return any(
+            self._is_eligible(opening, sequence) and self._has_room(self._offer(opening, sequence))
+            for opening in self._openings
+        )
+
     def _is_eligible(self, opening: _Opening, sequence: Sequence) -> bool:
         """A pipeline that holds the whole request, or the largest that there is."""
         needed = min(sequence.request.total_length, self._max_capacity)

@@ -48,8 +48,8 @@ class Request:
             raise InvalidRequest(
                 f"max_tokens must be at least 1, not {self.max_tokens}", param="max_tokens"
             )
-        if min(self.prompt_token_ids) < 0:
-            raise InvalidRequest("a token id of the prompt is negative", param="prompt")
+        if min(*self.prompt_token_ids, *self.output_token_ids, 0) < 0:
+            raise InvalidRequest("a token id is negative", param="prompt")
 
     @property
     def total_length(self) -> int:

@@ -183,6 +183,7 @@ class SchedulerCore:
     def _schedule_round(self) -> list[Step]:
         """At most one step for each pipeline."""
         self._admit()
+        self._move_starved()
         steps = (
             plan_step(pipeline, self._limits, self._preempt)
             for pipeline in self._pipelines.values()
@@ -200,6 +201,18 @@ class SchedulerCore:
                 return
             if admission.admit(sequence):
                 self._roster.admit(sequence, self._now_ns)
+
+    def _move_starved(self) -> None:
+        """Who waits for blocks of a full pipeline while another has room begins anew there."""
+        for pipeline in self._pipelines.values() if len(self._pipelines) > 1 else ():
+            if pipeline.pool.num_free > 0 or pipeline.num_step_slots <= 0:
+                continue
+            sequence = max(pipeline.running.values(), key=lambda one: one.rank)
+            others = [other for other in self._pipelines.values() if other is not pipeline]
+            priority = sequence.request.priority
+            admission = AdmissionRound(others, priority, self._limits, self._preempt)
+            if sequence.is_short_of_blocks and admission.could_admit(sequence):
+                self._preempt(sequence)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Gives the sequence's blocks up; it waits again and will compute them anew."""

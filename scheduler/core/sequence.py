@@ -79,6 +79,17 @@ class Sequence:
         return len(self.tokens) - self.num_scheduled
 
     @property
+    def is_short_of_blocks(self) -> bool:
+        """Nothing of it is in flight, and its table has no room for the next token."""
+        return (
+            self.num_scheduled == self.num_computed
+            and self.pipeline is not None
+            and (
+                self.num_scheduled == self.table.num_entries * self.pipeline.facts.block_size_tokens
+            )
+        )
+
+    @property
     def sequence_run(self) -> SequenceRun:
         return SequenceRun(self.sequence_id, self.run)
 
