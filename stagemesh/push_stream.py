@@ -110,6 +110,11 @@ class PushStream:
         """Whether `send` would wait."""
         return self._outbox.full()
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether the stream has ended, by whomever."""
+        return self._broken.done()
+
     async def wait_broken(self) -> StageMeshError:
         """Why the stream ended, once it has; PeerLost too where this side closed it."""
         return await asyncio.shield(self._broken)
