@@ -1,0 +1,200 @@
+"""A scheduler's membership with scripted workers, on virtual time and without any I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from scheduler.core import PipelineFacts
+from scheduler.membership import Membership, MembershipLimits
+from scheduler.messages import (
+    AddPipeline,
+    CloseStream,
+    Effect,
+    EndSession,
+    JoinEpoch,
+    LeaveEpoch,
+    LoadedSpan,
+    LoadSpan,
+    OpenStream,
+    Registration,
+    RemovePipeline,
+    RestartPipeline,
+    ToWorker,
+)
+from stagemesh.plan import ModelSummary, Span
+
+MS = 1_000_000
+S = 1_000_000_000
+TERM = 7
+
+LIMITS = MembershipLimits(
+    settle_ns=5 * S, lease_ns=2 * S, join_timeout_ns=10 * S, max_model_len=None
+)
+
+
+def model(num_layers: int = 6, **changes: Any) -> ModelSummary:
+    parts = ["embedding", *(f"layer.{index}" for index in range(num_layers)), "norm", "head"]
+    summary = ModelSummary(
+        name="tiny",
+        architecture="LlamaForCausalLM",
+        num_layers=num_layers,
+        hidden_size=8,
+        vocab_size=64,
+        max_position=128,
+        layer_bytes=100,
+        embedding_bytes=10,
+        head_bytes=10,
+        structure_hash="structure",
+        part_hashes={part: f"hash of {part}" for part in parts},
+    )
+    return replace(summary, **changes)
+
+
+@dataclass
+class FakeWorker:
+    """Does at once what it is told, unless it is told not to."""
+
+    registration: Registration
+    session: int
+    loads: bool = True
+    joins: bool = True
+    num_blocks: int = 100
+    block_size_tokens: int = 16
+    loaded: LoadedSpan | None = None
+    commands: list[LoadSpan | JoinEpoch | LeaveEpoch] = field(default_factory=list)
+
+    @property
+    def last_join(self) -> JoinEpoch:
+        return [command for command in self.commands if isinstance(command, JoinEpoch)][-1]
+
+
+class FakeMesh:
+    """`workers` are by id; `core` is what the core would know; `ended` are sessions that ended."""
+
+    def __init__(self, limits: MembershipLimits = LIMITS) -> None:
+        self.members = Membership(limits, TERM)
+        self.now_ns = 1000 * S
+        self.workers: dict[str, FakeWorker] = {}
+        self.core: dict[str, PipelineFacts] = {}
+        self.restarts: list[str] = []
+        self.ended: dict[int, str | None] = {}
+        self.streams_open = True
+        self._open: set[tuple[str, object]] = set()
+        self._sessions = iter(range(1, 10**6))
+
+    # ---- workers -------------------------------------------------------------------------------
+
+    def register(
+        self,
+        worker_id: str,
+        *,
+        incarnation: int = 1,
+        span: tuple[int, int] | None = None,
+        loaded: LoadedSpan | None = None,
+        worker: dict[str, Any] | None = None,
+        **fields: Any,
+    ) -> FakeWorker:
+        """A process registers. Raises what it is refused with."""
+        registration = Registration(
+            worker_id=worker_id,
+            incarnation=incarnation,
+            address=f"{worker_id}:{incarnation}",
+            model=fields.pop("model", model()),
+            fixed_span=Span(*span) if span else None,
+            loaded=loaded,
+            scheduler_address="scheduler:1",
+            **fields,
+        )
+        session = next(self._sessions)
+        self.members.register(session, registration, self.now_ns)
+        fake = FakeWorker(registration, session, loaded=loaded, **(worker or {}))
+        self.workers[worker_id] = fake
+        return fake
+
+    def come_back(self, worker_id: str) -> FakeWorker:
+        """The same process dials again, with what it holds."""
+        old = self.workers[worker_id]
+        registration = replace(old.registration, loaded=old.loaded)
+        session = next(self._sessions)
+        self.members.register(session, registration, self.now_ns)
+        old.session = session
+        return old
+
+    def disconnect(self, worker_id: str) -> None:
+        self.members.disconnected(self.workers[worker_id].session, self.now_ns)
+
+    # ---- time ----------------------------------------------------------------------------------
+
+    def run(self, *, deaf: Iterable[str] = ()) -> None:
+        """Turns until nothing more happens. Everybody but `deaf` is heard of."""
+        while True:
+            for worker_id, worker in self.workers.items():
+                if worker_id not in deaf:
+                    self.members.heard(worker.session, self.now_ns)
+            self.members.tick(self.now_ns)
+            effects = self.members.take_effects()
+            for effect in effects:
+                self._apply(effect)
+            if not effects:
+                return
+
+    def wait(self, duration_ns: int, *, deaf: Iterable[str] = ()) -> None:
+        """Time passes, with a turn whenever one is due and at least every half second."""
+        end_ns = self.now_ns + duration_ns
+        while self.now_ns < end_ns:
+            due_ns = self.members.wakeup_ns()
+            assert due_ns is None or due_ns > self.now_ns, "a turn is due that changes nothing"
+            self.now_ns = min(end_ns, self.now_ns + S // 2, *([due_ns] if due_ns else []))
+            self.run(deaf=deaf)
+
+    def _apply(self, effect: Effect) -> None:
+        match effect:
+            case ToWorker(session, command):
+                self._obey(session, command)
+            case EndSession(session, error):
+                self.ended[session] = str(error) if error else None
+            case OpenStream(pipeline_id, epoch, _):
+                assert (pipeline_id, epoch) not in self._open
+                self._open.add((pipeline_id, epoch))
+                if self.streams_open:
+                    self.members.stream_opened(pipeline_id, epoch)
+            case CloseStream(pipeline_id, epoch):
+                self._open.remove((pipeline_id, epoch))
+            case AddPipeline(facts):
+                assert facts.pipeline_id not in self.core
+                self.core[facts.pipeline_id] = facts
+            case RestartPipeline(pipeline_id, epoch):
+                assert epoch > self.core[pipeline_id].epoch
+                self.core[pipeline_id] = replace(self.core[pipeline_id], epoch=epoch)
+                self.restarts.append(pipeline_id)
+            case RemovePipeline(pipeline_id):
+                del self.core[pipeline_id]
+
+    def _obey(self, session: int, command: LoadSpan | JoinEpoch | LeaveEpoch) -> None:
+        worker = next((w for w in self.workers.values() if w.session == session), None)
+        if worker is None:  # a process that was replaced
+            return
+        worker.commands.append(command)
+        if isinstance(command, LoadSpan) and worker.loads:
+            self.finish_load(worker, command.span)
+        elif isinstance(command, JoinEpoch) and worker.joins:
+            self.members.epoch_joined(session, command.pipeline_id, command.epoch)
+
+    def finish_load(self, worker: FakeWorker, span: Span) -> None:
+        worker.loaded = LoadedSpan(span, worker.num_blocks, worker.block_size_tokens)
+        self.members.span_loaded(worker.session, worker.loaded, self.now_ns)
+
+    # ---- what came of it -----------------------------------------------------------------------
+
+    @property
+    def serving(self) -> list[str]:
+        return [p.pipeline_id for p in self.members.pipelines if p.is_serving]
+
+    def stages(self, index: int = 0) -> list[str | None]:
+        pipeline = self.members.pipelines[index]
+        return [worker.worker_id if worker else None for worker in pipeline.workers]
+
+    def spans(self, index: int = 0) -> list[tuple[int, int]]:
+        return [(span.start, span.end) for span in self.members.pipelines[index].spans]
