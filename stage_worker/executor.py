@@ -133,6 +133,11 @@ class StageExecutor:
         return cls(spec, config.span, decoder, cache, facts)
 
     @property
+    def dtype(self) -> str:
+        """What weights, KV and hidden states on the wire are in."""
+        return DTYPE_NAMES[self._dtype]
+
+    @property
     def num_sequences(self) -> int:
         return len(self._table)
 
@@ -228,7 +233,7 @@ class StageExecutor:
             payload=bytes_view(hidden),
             num_tokens=len(hidden),
             hidden_size=self.spec.hidden_size,
-            dtype=DTYPE_NAMES[self._dtype],
+            dtype=self.dtype,
             rows=rows,
         )
 

@@ -1,0 +1,155 @@
+"""configs of every family mean what transformers makes of them; what is not understood is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stagemesh.errors import CheckpointError, UnsupportedModel
+from stagemesh.model_spec import ModelSpec, parse_config
+
+BASE: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 88,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 320,
+    "max_position_embeddings": 128,
+}
+
+
+def spec(generation: dict[str, Any] | None = None, **config: Any) -> ModelSpec:
+    return parse_config({**BASE, **config}, generation or {})
+
+
+def family(name: str) -> dict[str, Any]:
+    return {"architectures": [f"{name}ForCausalLM"]}
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        None,
+        {"type": "linear", "factor": 2.0},
+        {"rope_type": "dynamic", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ],
+)
+def test_both_forms_of_rope_mean_the_same(scaling: dict[str, Any] | None) -> None:
+    old = spec(rope_theta=5e5, rope_scaling=scaling)
+    new = spec(rope_parameters={"rope_theta": 5e5, **(scaling or {"rope_type": "default"})})
+    assert old == new
+    assert old.rope.theta == 5e5
+    assert old.rope.kind == (scaling or {}).get("rope_type", "linear" if scaling else "default")
+
+
+def test_dynamic_rope_stretches_the_context() -> None:
+    dynamic = spec(rope_scaling={"rope_type": "dynamic", "factor": 4.0})
+    assert (dynamic.dynamic_rope_length, dynamic.context_length) == (128, 512)
+    assert (spec().dynamic_rope_length, spec().context_length) == (0, 128)
+
+
+def test_yarn_attention_factor() -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    assert spec(rope_scaling=yarn).rope.attention_factor == pytest.approx(1.1386294)
+    given = spec(rope_scaling={**yarn, "attention_factor": 1.5})
+    assert given.rope.attention_factor == 1.5
+
+
+def test_flags_of_the_families() -> None:
+    assert not spec().qkv_bias
+    assert spec(attention_bias=True).output_bias
+    qwen2 = spec(**family("Qwen2"))
+    assert (qwen2.qkv_bias, qwen2.output_bias, qwen2.qk_norm) == (True, False, False)
+    qwen3 = spec(**family("Qwen3"))
+    assert (qwen3.qkv_bias, qwen3.qk_norm, qwen3.head_dim) == (False, True, 128)
+    assert spec(head_dim=24).head_dim == 24
+
+
+def test_windows() -> None:
+    assert spec(sliding_window=7).layer_windows == (None,) * 4
+    assert spec(**family("Mistral"), sliding_window=7).layer_windows == (7,) * 4
+    assert spec(**family("Mistral"), sliding_window=7).sliding_window == 7
+    assert spec(**family("Mistral")).layer_windows == (4096,) * 4
+    assert spec(**family("Mistral"), sliding_window=None).layer_windows == (None,) * 4
+    qwen = {**family("Qwen2"), "sliding_window": 7, "max_window_layers": 3}
+    assert spec(**qwen).layer_windows == (None,) * 4
+    assert spec(**qwen, use_sliding_window=True).layer_windows == (None, None, None, 7)
+    types = ["sliding_attention", "full_attention"] * 2
+    mixed = spec(**qwen, use_sliding_window=True, layer_types=types)
+    assert mixed.layer_windows == (7, None, 7, None)
+    assert mixed.sliding_window is None
+
+
+def test_dtype_and_token_ids() -> None:
+    assert spec(torch_dtype="bfloat16").dtype == "bfloat16"
+    assert spec(dtype="float16", torch_dtype="float32").dtype == "float16"
+    assert spec(eos_token_id=2).eos_token_ids == (2,)
+    assert spec({"eos_token_id": [5, 6]}, eos_token_id=2).eos_token_ids == (5, 6)
+    assert spec(bos_token_id=1).bos_token_id == 1
+
+
+UNSUPPORTED = {
+    "architectures": {"architectures": ["GPT2LMHeadModel"]},
+    "mamba": {"architectures": [], "model_type": "mamba"},
+    "hidden_act": {"hidden_act": "gelu"},
+    "quantization_config": {"quantization_config": {"quant_method": "awq"}},
+    "partial_rotary_factor": {"partial_rotary_factor": 0.5},
+    "rope_type": {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
+    "mystery": {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "mystery": 1}},
+    "dtype": {"torch_dtype": "float64"},
+    "logits_scaling": {"logits_scaling": 8.0},
+    "layer_types": {**family("Mistral"), "layer_types": ["full_attention"] * 4},
+    "final_logit_softcapping": {"final_logit_softcapping": 30.0},
+}
+
+
+@pytest.mark.parametrize(("key", "config"), UNSUPPORTED.items(), ids=UNSUPPORTED)
+def test_what_is_not_understood_is_named(key: str, config: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedModel, match=key):
+        spec(**config)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"hidden_size": None}, "hidden_size"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"num_hidden_layers": "4"}, "num_hidden_layers"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
+        ({"head_dim": 7}, "head_dim 7"),
+        ({"rope_theta": -1}, "rope_theta"),
+        ({"rope_scaling": {"type": "linear"}}, "factor"),
+        ({"eos_token_id": "two"}, "eos_token_id"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps"),
+    ],
+)
+def test_wrong_values_are_named(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        spec(**config)
+
+
+def test_files(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        ModelSpec.from_directory(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        ModelSpec.from_directory(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="not a JSON object"):
+        ModelSpec.from_directory(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(BASE))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3]}')
+    assert ModelSpec.from_directory(tmp_path).eos_token_ids == (3,)
