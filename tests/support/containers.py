@@ -15,11 +15,11 @@ from typing import Any
 
 import grpc
 import pytest
+from support.mesh import wait_until
+from support.paths import REPO
 
 from protos import mesh_pb2, mesh_pb2_grpc
 from protos import text_generation_pb2_grpc as pb_grpc
-from support.mesh import wait_until
-from support.paths import REPO
 
 COMMAND_TIMEOUT_S = 60.0
 BUILD_TIMEOUT_S = 300.0
@@ -80,9 +80,7 @@ class Project:
     def compose(self, *arguments: str, timeout_s: float = COMMAND_TIMEOUT_S) -> str:
         ports = {"GRPC_PORT": "0", "HTTP_PORT": "0", "SCHEDULER_PORT": "0"}
         command = [*compose_command(), "-p", self.name, "-f", str(REPO / "compose.yaml")]
-        return _output(
-            [*command, *arguments], {**os.environ, **ports, **self.variables}, timeout_s
-        )
+        return _output([*command, *arguments], {**os.environ, **ports, **self.variables}, timeout_s)
 
     def up(self, *, num_workers: int) -> None:
         """Like a user's `docker compose up`, who may have more workers than before."""
