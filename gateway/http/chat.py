@@ -17,6 +17,7 @@ from gateway.http.common import (
     num_choices,
     refuse,
     sampling_of,
+    shows,
     stopping_of,
     usage_of,
     wants_usage,
@@ -164,9 +165,11 @@ class _Chat:
                     begun.add(index)
                     role = {"role": "assistant", "content": ""}
                     yield {**shell, "choices": [_chunk(index, role)], **usage}
+                entry = self._chunk_of(index, event)
                 if isinstance(event, Summary):
                     summaries.append(event)
-                entry = self._chunk_of(index, event)
+                elif not shows(event.text, entry) and event.prompt is None:
+                    continue  # all of it is held back
                 yield {**shell, "choices": [entry], **usage, **self._of_prompt([event])}
         if usage:
             totals = {"usage": usage_of(summaries, self._num_choices)}

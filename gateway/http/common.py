@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,3 +112,8 @@ def ending_of(summary: Summary, eos_token_ids: Sequence[int]) -> dict[str, Any]:
     if summary.stop_token_id is not None and summary.stop_token_id not in eos_token_ids:
         cause = summary.stop_token_id
     return {"finish_reason": summary.finish_reason.value, "stop_reason": cause}
+
+
+def shows(text: str, entry: Mapping[str, Any]) -> bool:
+    """Whether a chunk tells its reader anything: tokens whose text is held back do not."""
+    return bool(text or entry["logprobs"] or "token_ids" in entry)

@@ -19,6 +19,7 @@ from gateway.http.common import (
     num_choices,
     refuse,
     sampling_of,
+    shows,
     stopping_of,
     usage_of,
     wants_usage,
@@ -145,9 +146,12 @@ class _Completion:
             async with events_of(choices) as events:
                 async for index, event in events:
                     event = self._shown(event)
+                    entry = writers[index].write(event)
                     if isinstance(event, Summary):
                         summaries[index] = event
-                    yield {**self._envelope, "choices": [writers[index].write(event)], **usage}
+                    elif not shows(entry["text"], entry):
+                        continue  # all of it is held back
+                    yield {**self._envelope, "choices": [entry], **usage}
         if usage:
             ordered = [summaries[index] for index in range(len(choices))]
             usage = {"usage": usage_of(ordered, self._num_choices)}

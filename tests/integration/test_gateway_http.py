@@ -95,6 +95,7 @@ async def test_streamed_completion(gateway: Gateway, client: openai.AsyncOpenAI)
     )
     chunks = [chunk async for chunk in stream]
     assert "".join(choice.text for chunk in chunks for choice in chunk.choices) == TEXT
+    assert all(chunk.choices[0].text for chunk in chunks[:-2])
     assert chunks[-2].choices[0].finish_reason == "stop"
     assert chunks[-1].choices == []
     assert chunks[-1].usage is not None
