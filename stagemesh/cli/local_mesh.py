@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -180,19 +180,19 @@ class LocalMesh:
         return status.mesh.serving and len(serving) >= self._options.num_workers
 
     async def _stop_children(self) -> None:
-        """The gateway first, since requests that are being answered need all the others."""
+        """Each part while those that it needs are still there: gateway, workers, scheduler."""
         self._stop_asked.set()
         self._view.on_stopping()
-        if self._serving:
-            front = [child for child in self._children if child.role == "gateway"]
-            await self._terminate(front, self._options.drain_timeout_s + STOP_GRACE_S)
-        await self._terminate(self._children, STOP_GRACE_S)
+        drain_s = self._options.drain_timeout_s if self._serving else 0.0
+        await self._terminate("gateway", drain_s + STOP_GRACE_S)
+        await self._terminate("worker", STOP_GRACE_S)
+        await self._terminate("scheduler", STOP_GRACE_S)
         for child in self._children:
             child.kill_group()
         await asyncio.gather(*(child.wait_ended() for child in self._children))
 
-    async def _terminate(self, children: Iterable[Child], grace_s: float) -> None:
-        alive = [child for child in children if child.alive]
+    async def _terminate(self, role: str, grace_s: float) -> None:
+        alive = [child for child in self._children if child.role == role and child.alive]
         for child in alive:
             child.signal(signal.SIGTERM)
         if not alive or self._hurry.is_set():

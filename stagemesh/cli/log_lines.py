@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ _ALWAYS_SHOWN = "error"
 
 @dataclass(frozen=True, slots=True)
 class LogLine:
-    """One line of a service; a line that is not of our logging has the level "error"."""
+    """One line of a service; a line that nobody gave a level has "error"."""
 
     level: str
     time: str
@@ -31,7 +32,7 @@ class LogLine:
         except ValueError:
             content = None
         if not isinstance(content, dict) or "message" not in content:
-            return cls(_ALWAYS_SHOWN, "", text, {})
+            return cls(_foreign_level(text), "", text, {})
         level, time = str(content.pop("level", "info")), str(content.pop("time", ""))
         return cls(level, time, str(content.pop("message")), content)
 
@@ -54,6 +55,12 @@ class LogLine:
     def for_programs(self, process: str) -> str:
         head = {"time": self.time, "level": self.level, "process": process}
         return json.dumps({**head, **self.fields, "message": self.message})
+
+
+def _foreign_level(text: str) -> str:
+    """C++ libraries begin a line with the letter of its level: "I1121 03:38:09 …"."""
+    match = re.match(r"([IWEF])\d{4} \d\d:\d\d:\d\d", text)
+    return {"I": "debug", "W": "warning"}.get(match[1], "error") if match else _ALWAYS_SHOWN
 
 
 def shower(

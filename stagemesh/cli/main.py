@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(name: str, argv: Sequence[str]) -> int:
+    # What gRPC's core notes about connections is no news to a user of the command.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         return int(importlib.import_module(COMMANDS[name][0]).run(argv))
     except StageMeshError as error:

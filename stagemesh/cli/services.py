@@ -88,4 +88,6 @@ def _environ(options: UpOptions) -> dict[str, str]:
     # Workers of one host share its cores; a thread that waits must not spin on another's.
     environ["OMP_NUM_THREADS"] = str(options.threads())
     environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    # What gRPC's core notes about connections that come and go.
+    environ.setdefault("GRPC_VERBOSITY", "ERROR")
     return environ

@@ -41,7 +41,7 @@ def _mesh(status: mesh_pb2.GetStatusResponse) -> Text:
 def _workers(workers: Iterable[mesh_pb2.WorkerStatus]) -> Table:
     table = _table("worker", "state", "layers", "device", "address", "pid")
     _number_columns(table, "weights MiB", "RSS MiB", "steps", "busy %")
-    for worker in workers:
+    for worker in sorted(workers, key=lambda worker: (worker.span.start, worker.worker_id)):
         state = _state(worker)
         stats = worker.stats
         table.add_row(
@@ -66,7 +66,7 @@ def _pipeline(pipeline: mesh_pb2.PipelineStatus) -> Group:
     line.append(f"pipeline {pipeline.pipeline_id}", style="bold")
     line.append("  serving" if pipeline.serving else "  waiting for workers")
     line.append(
-        f"  epoch {epoch.term}.{epoch.n}  running {pipeline.num_running}"
+        f"  epoch {epoch.n}  running {pipeline.num_running}"
         f"  steps {pipeline.steps_done} (+{pipeline.steps_in_flight} in flight)"
         f"  KV {used}/{pipeline.num_blocks} blocks"
         f" ({_share(used, pipeline.num_blocks)} %, {pipeline.num_cached_blocks} cached)",

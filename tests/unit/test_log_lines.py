@@ -46,3 +46,9 @@ def test_what_is_not_of_our_logging_is_always_shown() -> None:
         "[1, 2]",
         '{"a": 1}',
     ]
+
+
+def test_the_level_of_a_line_from_a_c_library_is_known() -> None:
+    line = LogLine.parse("I1121 03:38:09.385223   12634 transport.cc:1403] Got goaway")
+    assert not line.at_least("info")
+    assert LogLine.parse("E1121 03:38:09.385223   12634 x.cc:1] broken").at_least("error")

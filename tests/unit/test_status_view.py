@@ -56,7 +56,7 @@ def test_everything_that_matters_is_shown() -> None:
     text = shown(STATUS)
     for fact in (
         *("demo", "serving", "worker-0", "0:3", "cpu float32", "127.0.0.1:7001", "75"),
-        *("loading 25%", "epoch 3.2", "KV 50/200 blocks", "1.23", "5 running", "2 waiting"),
+        *("loading 25%", "epoch 2", "KV 50/200 blocks", "1.23", "5 running", "2 waiting"),
         "123.4 generated",
     ):
         assert fact in text
