@@ -87,7 +87,9 @@ class BlockPool:
         """Compares with what the owners say they hold: owners per block id.
 
         Raises AssertionError."""
-        expected = [num_owners.get(block_id, 0) for block_id in range(self.num_blocks)]
+        expected = [0] * self.num_blocks
+        for block_id, num in num_owners.items():
+            expected[block_id] = num
         if self._num_owners != expected:
             raise AssertionError(f"owners of blocks: {self._num_owners}, expected {expected}")
         free = sorted([*self._blank, *self._cached])

@@ -13,111 +13,108 @@ from scheduler.core.roster import Roster
 from scheduler.core.sequence import Sequence
 
 
-def check_core(
-    pipelines: Iterable[Pipeline],
-    roster: Roster,
-) -> None:
+def check_core(pipelines: Iterable[Pipeline], roster: Roster) -> None:
     """Raises AssertionError."""
     waiting = list(roster.queue)
-    _check(waiting == sorted(waiting, key=lambda s: s.rank), "the queue is out of order")
-    placed = {s.sequence_id for s in waiting}
+    ranks = [sequence.rank for sequence in waiting]
+    _check(ranks == sorted(ranks), "queue", "is out of order")
+    placed = {sequence.sequence_id for sequence in waiting}
     for sequence in waiting:
         _check_waiting(sequence)
     for pipeline in pipelines:
-        _check(placed.isdisjoint(pipeline.running), "a sequence is in two places")
+        _check(placed.isdisjoint(pipeline.running), pipeline, "runs who is elsewhere too")
         placed |= pipeline.running.keys()
         _check_pipeline(pipeline)
     live = {sequence.sequence_id for sequence in roster.live.values()}
-    _check(placed == live, "live sequences are not those that are placed")
+    _check(placed == live, "live sequences", "are not those that wait or run")
     counters = roster.counters
     num_ended = counters.num_finished + counters.num_aborted + counters.num_failed
-    _check(counters.num_accepted == num_ended + len(live), "a request was lost or ended twice")
+    _check(counters.num_accepted == num_ended + len(live), "a request", "was lost or ended twice")
 
 
 def _check_waiting(sequence: Sequence) -> None:
-    name = _name(sequence)
-    _check(not sequence.has_ended, f"{name} ended and waits")
-    _check(sequence.pipeline is None, f"{name} waits and has a pipeline")
-    _check(sequence.num_scheduled == sequence.num_computed == 0, f"{name} waits with KV")
-    _check(not any(sequence.table.groups), f"{name} waits with blocks")
+    _check(not sequence.has_ended, sequence, "ended and waits")
+    _check(sequence.pipeline is None, sequence, "waits and has a pipeline")
+    _check(sequence.num_scheduled == sequence.num_computed == 0, sequence, "waits with KV")
+    _check(not any(sequence.table.groups), sequence, "waits with blocks")
 
 
 def _check_pipeline(pipeline: Pipeline) -> None:
     running = pipeline.running.values()
-    held = Counter(block_id for s in running for block_id in s.table.block_ids())
+    held = Counter(block_id for one in running for block_id in one.table.block_ids())
     pipeline.pool.check_integrity(held)
-    _check(pipeline.num_step_slots >= 0, f"{pipeline.pipeline_id}: too many steps in flight")
+    _check(pipeline.num_step_slots >= 0, pipeline, "has too many steps in flight")
     _check_steps(pipeline)
     shared = {block_id for block_id, num in held.items() if num > 1}
     for sequence in running:
         _check_running(pipeline, sequence)
         _check_table(pipeline, sequence, shared)
+        _check_names(pipeline, sequence)
 
 
 def _check_steps(pipeline: Pipeline) -> None:
+    """Rows in flight cover [num_computed, num_scheduled) of every sequence, in order."""
     steps = [step.step for step in pipeline.in_flight]
     expected = list(range(pipeline.next_step - len(steps), pipeline.next_step))
-    _check(steps == expected, f"{pipeline.pipeline_id}: steps in flight are {steps}")
-    reached = {s.sequence_id: s.num_computed for s in pipeline.running.values()}
+    _check(steps == expected, pipeline, "has a gap among its steps in flight")
+    reached = {one.sequence_id: one.num_computed for one in pipeline.running.values()}
     for step in pipeline.in_flight:
         for row in step.rows:
             if row.is_current:
-                name = _name(row.sequence)
-                _check(
-                    row.start == reached[row.sequence.sequence_id], f"{name} has a gap in flight"
-                )
-                reached[row.sequence.sequence_id] = row.end
+                number = row.sequence.sequence_id
+                _check(row.start == reached[number], row.sequence, "has a gap in flight")
+                reached[number] = row.end
     for sequence in pipeline.running.values():
-        in_flight = reached[sequence.sequence_id]
-        _check(in_flight == sequence.num_scheduled, f"{_name(sequence)}: {in_flight} is in flight")
+        is_covered = reached[sequence.sequence_id] == sequence.num_scheduled
+        _check(is_covered, sequence, "is scheduled and not in flight")
 
 
 def _check_running(pipeline: Pipeline, sequence: Sequence) -> None:
-    name = _name(sequence)
-    _check(not sequence.has_ended, f"{name} ended and runs")
-    _check(sequence.pipeline is pipeline, f"{name} runs elsewhere")
-    _check(
-        0 <= sequence.num_computed <= sequence.num_scheduled <= sequence.num_tokens,
-        f"{name}: computed {sequence.num_computed}, scheduled {sequence.num_scheduled}, "
-        f"tokens {sequence.num_tokens}",
-    )
-    _check(sequence.num_computed < sequence.num_tokens, f"{name} is computed and not sampled")
-    _check(sequence.num_tokens < pipeline.facts.capacity_tokens, f"{name} is too long")
+    _check(not sequence.has_ended, sequence, "ended and runs")
+    _check(sequence.pipeline is pipeline, sequence, "runs elsewhere")
+    is_ordered = 0 <= sequence.num_computed <= sequence.num_scheduled <= sequence.num_tokens
+    _check(is_ordered, sequence, "has counters out of order")
+    _check(sequence.num_computed < sequence.num_tokens, sequence, "is computed and not sampled")
+    _check(sequence.num_tokens < pipeline.facts.capacity_tokens, sequence, "is too long")
 
 
 def _check_table(pipeline: Pipeline, sequence: Sequence, shared: set[int]) -> None:
-    name, table, size = _name(sequence), sequence.table, pipeline.facts.block_size_tokens
-    num_entries = table.num_entries
+    table, size = sequence.table, pipeline.facts.block_size_tokens
     block_ids = list(table.block_ids())
-    _check(len(block_ids) == num_entries * table.num_groups, f"{name}: groups differ in length")
-    _check(len(set(block_ids)) == len(block_ids), f"{name} holds a block twice")
-    _check(num_entries * size >= sequence.num_scheduled, f"{name} is scheduled beyond its blocks")
-    _check(sequence.num_named * size <= sequence.num_computed, f"{name} named what is not computed")
+    num_blocks = table.num_entries * table.num_groups
+    _check(len(block_ids) == num_blocks, sequence, "has groups of different lengths")
+    _check(len(set(block_ids)) == num_blocks, sequence, "holds a block twice")
+    num_positions = table.num_entries * size
+    _check(num_positions >= sequence.num_scheduled, sequence, "is scheduled beyond its blocks")
+    is_computed = sequence.num_named * size <= sequence.num_computed
+    _check(is_computed, sequence, "has named what is not computed")
     for group in table.groups:
-        unnamed = group[sequence.num_named :]
-        _check(shared.isdisjoint(unnamed), f"{name} shares a block that will be written")
-        _check(
-            all(pipeline.pool.name_of(block_id) is None for block_id in unnamed),
-            f"{name}: a block that will be written is known to the prefix index",
-        )
-    _check_names(pipeline, sequence)
+        for block_id in group[sequence.num_named :]:
+            _check(block_id not in shared, sequence, "shares a block that will be written")
+            is_blank = pipeline.pool.name_of(block_id) is None
+            _check(is_blank, sequence, "will write to a block that the prefix index knows")
 
 
 def _check_names(pipeline: Pipeline, sequence: Sequence) -> None:
-    hashes = sequence.chain(pipeline.facts).extend(sequence.tokens, sequence.num_named)
+    num_named = sequence.num_named
+    hashes = sequence.chain(pipeline.facts).extend(sequence.tokens, num_named)
     for group, block_ids in enumerate(sequence.table.groups):
-        for index in range(sequence.num_named):
-            known = pipeline.pool.name_of(block_ids[index])
-            _check(
-                known is None or known == (group, hashes[index]),
-                f"{_name(sequence)}: block {block_ids[index]} has another name",
-            )
+        for digest, block_id in zip(hashes, block_ids[:num_named], strict=False):
+            known = pipeline.pool.name_of(block_id)
+            _check(known is None or known == (group, digest), sequence, "has a misnamed block")
 
 
-def _name(sequence: Sequence) -> str:
-    return f"sequence {sequence.sequence_id} run {sequence.run}"
-
-
-def _check(condition: bool, message: str) -> None:
+def _check(condition: bool, subject: Sequence | Pipeline | str, message: str) -> None:
     if not condition:
-        raise AssertionError(message)
+        raise AssertionError(f"{_describe(subject)} {message}")
+
+
+def _describe(subject: Sequence | Pipeline | str) -> str:
+    if isinstance(subject, Pipeline):
+        return f"pipeline {subject.pipeline_id}"
+    if isinstance(subject, str):
+        return subject
+    return (
+        f"sequence {subject.sequence_id} run {subject.run} (computed {subject.num_computed}, "
+        f"scheduled {subject.num_scheduled}, tokens {subject.num_tokens})"
+    )

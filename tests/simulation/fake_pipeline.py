@@ -90,7 +90,7 @@ class FakePipeline:
         self.is_known_to_core = False
         self._world.pipelines_changed()
         self._world.core.remove_pipeline(self._pipeline_id, self._world.now_ns)
-        self._world.check()
+        self._world.take_events()
 
     def _return(self, keep_kv: bool) -> None:
         if self._is_connected:

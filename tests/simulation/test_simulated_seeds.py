@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from simulation.world import World
 
-NUM_SEEDS = 320
+NUM_SEEDS = 256
 SEEDS_PER_TEST = 16
 
 

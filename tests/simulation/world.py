@@ -95,14 +95,16 @@ class World:
 
     def turn(self) -> None:
         """What a driver does after anything has happened."""
-        self.check()
+        self.take_events()
         for step in self.core.schedule(self.now_ns):
             rows = ", ".join(
                 f"{r.sequence_id}/{r.run}[{r.start}:{r.start + r.num_tokens}]" for r in step.rows
             )
             self.say(f"step  {step.pipeline_id} {step.epoch.n}.{step.step}: {rows} {step.forget}")
             self.pipelines[step.pipeline_id].send(step)
-        self.check()
+        self.take_events()
+        if self._check_integrity:
+            self.core.check_integrity()
         self.oracle.check_ended(self.now_ns)
         wake_ns = self.core.next_deadline_ns()
         if wake_ns is not None and wake_ns != self._wake_ns:
@@ -187,12 +189,10 @@ class World:
             if not pipeline.is_known_to_core:
                 pipeline.form()
 
-    def check(self) -> None:
+    def take_events(self) -> None:
         for event in self.core.take_events():
             self.say(f"event {event}")
             self.oracle.take(event, self.now_ns)
-        if self._check_integrity:
-            self.core.check_integrity()
 
     def _check_end(self) -> None:
         if self.oracle.live:
