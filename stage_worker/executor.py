@@ -6,52 +6,22 @@ workers: order and epochs are checked before a step comes here.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from stage_worker.batch import BatchBuilder, PlacedRow
-from stage_worker.checkpoint import DTYPE_NAMES, TORCH_DTYPES
-from stage_worker.decoder import Decoder
-from stage_worker.kernels import choose_kernels
-from stage_worker.kv_cache import KvCache, block_bytes, choose_num_blocks
-from stage_worker.memory import available_bytes, trim
+from stage_worker.checkpoint import DTYPE_NAMES
+from stage_worker.loading import ExecutorConfig, ExecutorFacts, LoadedStage, load_stage
 from stage_worker.payload import bytes_view, hidden_from_bytes
 from stage_worker.results import RowSampler
 from stage_worker.rope import inverse_frequencies
 from stage_worker.sequences import SequenceTable
-from stage_worker.weights import WeightLoader, span_bytes
-from stagemesh.errors import ConfigError, OutOfMemory, ProtocolError
-from stagemesh.model_spec import ModelSpec
-from stagemesh.plan import Row, RowResult, Span, Step
+from stagemesh.errors import ProtocolError
+from stagemesh.plan import Row, RowResult, Step
 
-
-@dataclass(frozen=True, slots=True)
-class ExecutorConfig:
-    """`dtype` may be "auto". KV: `num_blocks` where given, else what fits the memory."""
-
-    model_dir: Path
-    span: Span
-    device: str
-    dtype: str
-    batch_invariant: bool
-    block_size_tokens: int
-    max_kv_memory_bytes: int | None = None
-    num_blocks: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ExecutorFacts:
-    """Found out while loading. `weight_bytes` is of the tensors in the dtype computed with."""
-
-    num_blocks: int
-    block_size_tokens: int
-    weight_bytes: int
-    kv_block_bytes: int
-    load_ns: int
+__all__ = ["ExecutorConfig", "ExecutorFacts", "StageExecutor", "StageOutput"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,69 +38,31 @@ class StageOutput:
     rows: tuple[RowResult, ...]
 
 
-def resolve_dtype(dtype: str, spec: ModelSpec, batch_invariant: bool) -> str:
-    """The dtype that "auto" stands for: the files' own, or float32 where `batch_invariant`."""
-    if dtype == "auto":
-        return "float32" if batch_invariant else spec.dtype
-    if dtype not in TORCH_DTYPES:
-        raise ConfigError(f"dtype must be auto, {', '.join(TORCH_DTYPES)}, not {dtype!r}")
-    return dtype
-
-
 class StageExecutor:
     """One stage. `load` makes it, `join` gives it its place, `execute` takes steps in order."""
 
-    def __init__(
-        self, spec: ModelSpec, span: Span, decoder: Decoder, cache: KvCache, facts: ExecutorFacts
-    ) -> None:
-        self.spec = spec
-        self.facts = facts
-        self.cache = cache
-        self._span = span
-        self._decoder = decoder
-        self._dtype, self._device = cache.keys[0].dtype, cache.keys[0].device
-        self._table = SequenceTable(facts.block_size_tokens, spec.vocab_size, self._device)
-        windows = spec.layer_windows[span.start : span.end]
-        self._batches = BatchBuilder(windows, spec.rope, decoder.attention_tile, self._dtype)
-        self._sampler = RowSampler(decoder.logits)
+    def __init__(self, loaded: LoadedStage) -> None:
+        self.spec = loaded.spec
+        self.facts = loaded.facts
+        self.cache = loaded.cache
+        self._span = loaded.span
+        self._decoder = loaded.decoder
+        pages = loaded.cache.keys[0]
+        self._dtype, self._device = pages.dtype, pages.device
+        self._table = SequenceTable(
+            loaded.facts.block_size_tokens, self.spec.vocab_size, self._device
+        )
+        windows = self.spec.layer_windows[self._span.start : self._span.end]
+        tile = self._decoder.attention_tile
+        self._batches = BatchBuilder(windows, self.spec.rope, tile, self._dtype)
+        self._sampler = RowSampler(self._decoder.logits)
         self._stage, self._num_stages, self._num_blocks = 0, 0, 0
 
     @classmethod
     @torch.inference_mode()
     def load(cls, config: ExecutorConfig, on_progress: Callable[[int, int], None]) -> StageExecutor:
-        """Loads the span; `on_progress(loaded_bytes, total_bytes)` is called all along.
-
-        Raises ConfigError, CheckpointError, UnsupportedModel, SpanError, OutOfMemory.
-        """
-        started_ns = time.monotonic_ns()
-        spec = ModelSpec.from_directory(config.model_dir)
-        dtype = TORCH_DTYPES[resolve_dtype(config.dtype, spec, config.batch_invariant)]
-        device = _device(config.device)
-        kernels = choose_kernels(config.batch_invariant, dtype, device)
-        if config.block_size_tokens < 1:
-            raise ConfigError(f"block_size must be at least 1, not {config.block_size_tokens}")
-        weight_bytes = span_bytes(spec, config.span, dtype.itemsize)
-        _check_fits(weight_bytes, device)
-        progress = _Progress(weight_bytes, on_progress)
-        loader = WeightLoader(
-            config.model_dir, spec, dtype, device, kernels.packed, progress.advance
-        )
-        try:
-            weights = loader.load(config.span)
-            trim()
-            cache = _make_cache(spec, config, dtype, device)
-        except (RuntimeError, MemoryError) as error:
-            raise _as_out_of_memory(error) from error
-        facts = ExecutorFacts(
-            num_blocks=cache.num_blocks,
-            block_size_tokens=config.block_size_tokens,
-            weight_bytes=weight_bytes,
-            kv_block_bytes=_block_bytes(spec, config, dtype),
-            load_ns=time.monotonic_ns() - started_ns,
-        )
-        windows = spec.layer_windows[config.span.start : config.span.end]
-        decoder = Decoder(spec, windows, weights, cache, kernels, dtype)
-        return cls(spec, config.span, decoder, cache, facts)
+        """A stage as `stage_worker.loading.load_stage` loads it, with its errors."""
+        return cls(load_stage(config, on_progress))
 
     @property
     def dtype(self) -> str:
@@ -238,15 +170,6 @@ class StageExecutor:
         )
 
 
-class _Progress:
-    def __init__(self, total_bytes: int, on_progress: Callable[[int, int], None]) -> None:
-        self._loaded, self._total, self._on_progress = 0, total_bytes, on_progress
-
-    def advance(self, num_bytes: int) -> None:
-        self._loaded += num_bytes
-        self._on_progress(min(self._loaded, self._total), self._total)
-
-
 def _kept(hidden: torch.Tensor, placed: list[PlacedRow], next_stage: int) -> torch.Tensor:
     """The hidden states of the rows that go on to the next stage."""
     going = [entry for entry in placed if next_stage < entry.row.end_stage]
@@ -254,48 +177,3 @@ def _kept(hidden: torch.Tensor, placed: list[PlacedRow], next_stage: int) -> tor
         return hidden
     pieces = [hidden[entry.first : entry.first + entry.row.num_tokens] for entry in going]
     return torch.cat(pieces) if pieces else hidden[:0]
-
-
-def _device(name: str) -> torch.device:
-    if name not in ("cpu", "cuda") and not name.startswith("cuda:"):
-        raise ConfigError(f"device must be cpu or cuda, not {name!r}")
-    if name != "cpu" and not torch.cuda.is_available():
-        raise ConfigError(f"device {name!r}: this torch finds no CUDA device")
-    return torch.device(name)
-
-
-def _check_fits(weight_bytes: int, device: torch.device) -> None:
-    available = available_bytes(device)
-    if weight_bytes > available:
-        raise OutOfMemory(
-            f"the span's weights take {weight_bytes} bytes, {available} are available on {device}"
-        )
-
-
-def _block_bytes(spec: ModelSpec, config: ExecutorConfig, dtype: torch.dtype) -> int:
-    num_layers = config.span.num_layers
-    return block_bytes(spec, num_layers, config.block_size_tokens, dtype.itemsize)
-
-
-def _make_cache(
-    spec: ModelSpec, config: ExecutorConfig, dtype: torch.dtype, device: torch.device
-) -> KvCache:
-    num_blocks = config.num_blocks
-    if num_blocks is None:
-        num_blocks = choose_num_blocks(
-            spec,
-            _block_bytes(spec, config, dtype),
-            config.block_size_tokens,
-            config.max_kv_memory_bytes,
-            device,
-        )
-    size = config.block_size_tokens
-    return KvCache(spec, config.span.num_layers, num_blocks, size, dtype, device)
-
-
-def _as_out_of_memory(error: Exception) -> Exception:
-    """torch says that memory ran out in words only, on the CPU."""
-    told = str(error)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in told:
-        return OutOfMemory(f"not enough memory to load the span: {told.splitlines()[0]}")
-    return error

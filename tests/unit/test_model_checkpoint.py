@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import TinyModel, tiny_model
 
-from stage_worker import executor as executor_module
+from stage_worker import loading
 from stage_worker.executor import ExecutorConfig, StageExecutor
 from stage_worker.identity import CACHE_NAME, summarise
 from stagemesh.errors import (
@@ -153,7 +153,7 @@ def test_memory_that_is_not_there(originals: Path, monkeypatch: pytest.MonkeyPat
     path = originals / "single"
     with pytest.raises(OutOfMemory, match="max_kv_memory"):
         load(path, num_blocks=None, max_kv_memory_bytes=100)
-    monkeypatch.setattr(executor_module, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(loading, "available_bytes", lambda device: 1000)
     with pytest.raises(OutOfMemory, match="weights take"):
         load(path)
 

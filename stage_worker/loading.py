@@ -1,0 +1,151 @@
+"""Loads one stage: its weights into the decoder, and as many KV blocks as there is memory for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from stage_worker.checkpoint import TORCH_DTYPES
+from stage_worker.decoder import Decoder
+from stage_worker.kernels import choose_kernels
+from stage_worker.kv_cache import KvCache, block_bytes, choose_num_blocks
+from stage_worker.memory import available_bytes, trim
+from stage_worker.weights import WeightLoader, span_bytes
+from stagemesh.errors import ConfigError, OutOfMemory
+from stagemesh.model_spec import ModelSpec
+from stagemesh.plan import Span
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutorConfig:
+    """`dtype` may be "auto". KV: `num_blocks` where given, else what fits the memory."""
+
+    model_dir: Path
+    span: Span
+    device: str
+    dtype: str
+    batch_invariant: bool
+    block_size_tokens: int
+    max_kv_memory_bytes: int | None = None
+    num_blocks: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutorFacts:
+    """Found out while loading. `weight_bytes` is of the tensors in the dtype computed with."""
+
+    num_blocks: int
+    block_size_tokens: int
+    weight_bytes: int
+    kv_block_bytes: int
+    load_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedStage:
+    spec: ModelSpec
+    span: Span
+    decoder: Decoder
+    cache: KvCache
+    facts: ExecutorFacts
+
+
+def resolve_dtype(dtype: str, spec: ModelSpec, batch_invariant: bool) -> str:
+    """The dtype that "auto" stands for: the files' own, or float32 where `batch_invariant`."""
+    if dtype == "auto":
+        return "float32" if batch_invariant else spec.dtype
+    if dtype not in TORCH_DTYPES:
+        raise ConfigError(f"dtype must be auto, {', '.join(TORCH_DTYPES)}, not {dtype!r}")
+    return dtype
+
+
+def load_stage(config: ExecutorConfig, on_progress: Callable[[int, int], None]) -> LoadedStage:
+    """Loads the span; `on_progress(loaded_bytes, total_bytes)` is called all along.
+
+    Raises ConfigError, CheckpointError, UnsupportedModel, SpanError, OutOfMemory.
+    """
+    started_ns = time.monotonic_ns()
+    if config.block_size_tokens < 1:
+        raise ConfigError(f"block_size must be at least 1, not {config.block_size_tokens}")
+    spec = ModelSpec.from_directory(config.model_dir)
+    dtype = TORCH_DTYPES[resolve_dtype(config.dtype, spec, config.batch_invariant)]
+    device = _device(config.device)
+    kernels = choose_kernels(config.batch_invariant, dtype, device)
+    weight_bytes = span_bytes(spec, config.span, dtype.itemsize)
+    _check_fits(weight_bytes, device)
+    progress = _Progress(weight_bytes, on_progress)
+    loader = WeightLoader(config.model_dir, spec, dtype, device, kernels.packed, progress.advance)
+    try:
+        weights = loader.load(config.span)
+        trim()
+        cache = _make_cache(spec, config, dtype, device)
+    except (RuntimeError, MemoryError) as error:
+        raise _as_out_of_memory(error) from error
+    facts = ExecutorFacts(
+        num_blocks=cache.num_blocks,
+        block_size_tokens=config.block_size_tokens,
+        weight_bytes=weight_bytes,
+        kv_block_bytes=_block_bytes(spec, config, dtype),
+        load_ns=time.monotonic_ns() - started_ns,
+    )
+    windows = spec.layer_windows[config.span.start : config.span.end]
+    decoder = Decoder(spec, windows, weights, cache, kernels, dtype)
+    return LoadedStage(spec, config.span, decoder, cache, facts)
+
+
+class _Progress:
+    def __init__(self, total_bytes: int, on_progress: Callable[[int, int], None]) -> None:
+        self._loaded, self._total, self._on_progress = 0, total_bytes, on_progress
+
+    def advance(self, num_bytes: int) -> None:
+        self._loaded += num_bytes
+        self._on_progress(min(self._loaded, self._total), self._total)
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("cpu", "cuda") and not name.startswith("cuda:"):
+        raise ConfigError(f"device must be cpu or cuda, not {name!r}")
+    if name != "cpu" and not torch.cuda.is_available():
+        raise ConfigError(f"device {name!r}: this torch finds no CUDA device")
+    return torch.device(name)
+
+
+def _check_fits(weight_bytes: int, device: torch.device) -> None:
+    available = available_bytes(device)
+    if weight_bytes > available:
+        raise OutOfMemory(
+            f"the span's weights take {weight_bytes} bytes, {available} are available on {device}"
+        )
+
+
+def _block_bytes(spec: ModelSpec, config: ExecutorConfig, dtype: torch.dtype) -> int:
+    num_layers = config.span.num_layers
+    return block_bytes(spec, num_layers, config.block_size_tokens, dtype.itemsize)
+
+
+def _make_cache(
+    spec: ModelSpec, config: ExecutorConfig, dtype: torch.dtype, device: torch.device
+) -> KvCache:
+    num_blocks = config.num_blocks
+    if num_blocks is None:
+        num_blocks = choose_num_blocks(
+            spec,
+            _block_bytes(spec, config, dtype),
+            config.block_size_tokens,
+            config.max_kv_memory_bytes,
+            device,
+        )
+    size = config.block_size_tokens
+    return KvCache(spec, config.span.num_layers, num_blocks, size, dtype, device)
+
+
+def _as_out_of_memory(error: Exception) -> Exception:
+    """torch says that memory ran out in words only, on the CPU."""
+    told = str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in told:
+        return OutOfMemory(f"not enough memory to load the span: {told.splitlines()[0]}")
+    return error
