@@ -56,7 +56,9 @@ class SchedulerCore:
         older = self._roster.live.get(request.key)
         if older is not None:
             self._end(older, EndReason.ABORTED)
-        self._end_if_done(self._roster.accept(request, now_ns))
+        sequence = self._roster.accept(request, now_ns)
+        self._end_if_done(sequence)
+        self._end_if_too_long(sequence)
 
     def abort(self, key: RequestKey, now_ns: int, attempt: int | None = None) -> None:
         """Ends a request, if it lives and `attempt` is not older; its blocks are free at once."""
@@ -171,14 +173,12 @@ class SchedulerCore:
         )
 
     def _pipelines_changed(self) -> None:
-        """Ends those that would wait for ever, since no pipeline holds one token more of them."""
+        """What waits may have become too long, or be no longer so."""
         pipelines = self._pipelines.values()
         self._max_capacity = max((p.facts.capacity_tokens for p in pipelines), default=0)
         for sequence in self._roster.queue:
-            if 0 < self._max_capacity <= sequence.num_tokens:
-                has_run = sequence.admitted_ns is not None
-                error = MeshUnavailable if has_run else ContextLengthExceeded
-                self._end(sequence, EndReason.ERROR, error(self._too_long(sequence.num_tokens)))
+            self._end_if_done(sequence)
+            self._end_if_too_long(sequence)
 
     def _schedule_round(self) -> list[Step]:
         """At most one step for each pipeline."""
@@ -238,14 +238,23 @@ class SchedulerCore:
     def _end_if_done(self, sequence: Sequence) -> None:
         """Ends the sequence if its last token was its last."""
         request, num_output = sequence.request, sequence.num_output_tokens
-        pipeline = sequence.pipeline
-        max_length = pipeline.facts.capacity_tokens if pipeline else self._max_capacity
         if num_output == 0:
             return
+        pipeline = sequence.pipeline
+        max_length = pipeline.facts.capacity_tokens if pipeline else self._max_capacity
         if sequence.tokens[-1] in request.sampling.stop_token_ids:
             self._end(sequence, EndReason.STOP_TOKEN)
-        elif num_output >= request.max_tokens or 0 < max_length <= sequence.num_tokens:
+        elif num_output >= request.max_tokens or sequence.num_tokens == max_length:
             self._end(sequence, EndReason.LENGTH)
+
+    def _end_if_too_long(self, sequence: Sequence) -> None:
+        """Ends what would wait for ever, since no pipeline holds one token more of it."""
+        num_tokens = sequence.num_tokens
+        if sequence.has_ended or not 0 < self._max_capacity <= num_tokens:
+            return
+        has_run = sequence.admitted_ns is not None or sequence.num_output_tokens > 0
+        error = MeshUnavailable if has_run else ContextLengthExceeded
+        self._end(sequence, EndReason.ERROR, error(self._too_long(num_tokens)))
 
     def _fail(self, pipeline: Pipeline, sequence: Sequence, error: str) -> None:
         """A row could not be computed; what it may have spoilt is given to nobody else."""

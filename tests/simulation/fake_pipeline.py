@@ -138,7 +138,8 @@ class FakePipeline:
     def _push(self, step: Step, stage: int, hidden: list[list[int | None]]) -> None:
         """To a stage: in order, one at a time."""
         connection = self._connection
-        latency_ns = round(self._world.random.uniform(0.5, 1.5) * self.shape.latencies_ns[stage])
+        jitter = self._world.random.uniform(-self.shape.jitter, self.shape.jitter)
+        latency_ns = round((1 + jitter) * self.shape.latencies_ns[stage])
         arrival_ns = max(self._world.now_ns, self._ready_ns[stage]) + latency_ns
         self._ready_ns[stage] = arrival_ns
         self._world.at(arrival_ns, lambda: self._arrive(connection, step, stage, hidden))

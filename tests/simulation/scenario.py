@@ -15,13 +15,15 @@ MS = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class PipelineShape:
-    """`cuts`: the layers at which the next stage begins."""
+    """`cuts`: the layers at which the next stage begins. A step takes a stage `latencies_ns`, more
+    or less: a share of up to `jitter`."""
 
     cuts: tuple[int, ...]
     num_blocks: int
     block_size: int
     max_model_len: int
     latencies_ns: tuple[int, ...]
+    jitter: float = 0.5
 
     @property
     def num_stages(self) -> int:

@@ -16,7 +16,7 @@ from simulation.fake_pipeline import FakePipeline
 from simulation.oracle import Oracle, Violation
 from simulation.scenario import MS, Arrival, Scenario, draw
 
-from scheduler.core import RequestKey, SchedulerCore
+from scheduler.core import Finished, RequestKey, SchedulerCore
 from stagemesh.errors import ContextLengthExceeded, QueueFull, StepOutOfOrder
 from stagemesh.plan import StepResult
 
@@ -46,6 +46,7 @@ class World:
         self.oracle = Oracle(self.scenario.dynamic_rope)
         self.is_over = False  # faults have stopped
         self.num_wrong_orders = 0
+        self.on_end: Callable[[], None] = lambda: None  # a request has ended
         self._check_integrity = check_integrity
         self._trace = trace
         self._events: list[_Event] = []
@@ -193,6 +194,8 @@ class World:
         for event in self.core.take_events():
             self.say(f"event {event}")
             self.oracle.take(event, self.now_ns)
+            if isinstance(event, Finished):
+                self.on_end()
 
     def _check_end(self) -> None:
         if self.oracle.live:

@@ -154,6 +154,16 @@ def test_output_of_an_earlier_attempt_may_be_all_there_is_to_say() -> None:
     assert drive.ended()[1].reason is EndReason.STOP_TOKEN
 
 
+def test_output_of_an_earlier_attempt_may_end_with_the_context() -> None:
+    core = core_with(facts(max_model_len=8))
+    core.submit(request(0, num_prompt=4, max_tokens=50, output_token_ids=(1, 2, 3, 4)), 0)
+    core.submit(request(1, num_prompt=4, max_tokens=50, output_token_ids=(1, 2, 3, 4, 5)), 0)
+    drive = Drive(core)
+    drive.plan()
+    assert drive.ended()[0].reason is EndReason.LENGTH
+    assert isinstance(drive.ended()[1].error, MeshUnavailable)
+
+
 def test_an_abort_frees_the_blocks_at_once_and_may_come_twice() -> None:
     core = core_with(facts())
     core.submit(request(num_prompt=20), 0)
