@@ -15,7 +15,6 @@ from gateway.grpc_messages import (
     request_from_proto,
     text_prompt,
 )
-from gateway.prepare import check_token_ids
 from gateway.service import GenerationService
 from protos import text_generation_pb2 as pb
 from protos import text_generation_pb2_grpc as pb_grpc
@@ -81,13 +80,13 @@ class TextGenerationServicer(pb_grpc.TextGenerationServicer):
     async def Detokenize(  # noqa: N802
         self, request: pb.DetokenizeRequest, context: Context
     ) -> pb.DetokenizeResponse:
-        model = self._service.model
         try:
-            model.check_name(request.model)
-            check_token_ids("token_ids", request.token_ids, model.vocab_size)
-        except StageMeshError as error:
-            await abort_with(context, error)
-        text = model.tokenizer.decode(request.token_ids, skip_special=request.skip_special_tokens)
+            self._service.model.check_name(request.model)
+            text = await self._service.preparer.decode(
+                request.token_ids, skip_special=request.skip_special_tokens
+            )
+        except Exception as error:
+            await abort_with(context, _known(error))
         return pb.DetokenizeResponse(text=text)
 
 

@@ -31,6 +31,7 @@ MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 1024
 MAX_CHOICES = 128
 MAX_PRIORITY = 2**31 - 1
+MAX_LABEL_CHARS = 300
 _MIN_PROMPT_LIMIT_CHARS = 2**20
 _MAX_CHARS_PER_TOKEN = 32
 # A text shorter than this is tokenised faster than handed to a thread.
@@ -57,7 +58,6 @@ class Preparer:
 
     async def prepare(self, request: GenerationRequest, max_model_len: int) -> Prepared:
         """`max_model_len`: longest prompt and output together, in tokens."""
-        check_choices(request)
         sampling = resolve_sampling(self.model, request)
         check_stops(request.stopping)
         if isinstance(request.prompt, TextPrompt) and not request.prompt.text:
@@ -78,6 +78,17 @@ class Preparer:
             return prompt.token_ids, None
         self._check_text(text)
         return await self._encode(text, add), text
+
+    async def decode(self, token_ids: Sequence[int], *, skip_special: bool) -> str:
+        """The text of any tokens of the vocabulary; raises InvalidRequest for others."""
+        check_token_ids("token_ids", token_ids, self.model.vocab_size)
+
+        def decode() -> str:
+            return self.model.tokenizer.decode(token_ids, skip_special=skip_special)
+
+        if len(token_ids) <= _INLINE_CHARS:
+            return decode()
+        return await asyncio.get_running_loop().run_in_executor(self._executor, decode)
 
     async def _render(self, prompt: ChatPrompt) -> str:
         template = self.model.template()
@@ -134,13 +145,20 @@ def check_token_ids(name: str, token_ids: Iterable[int], vocab_size: int) -> Non
             )
 
 
-def check_choices(request: GenerationRequest) -> None:
+def check_shape(request: GenerationRequest) -> None:
+    """What can be told before anything is done for the request. Raises InvalidRequest."""
     if not 1 <= request.num_choices <= MAX_CHOICES:
         raise InvalidRequest(
             f"n must be in [1, {MAX_CHOICES}], not {request.num_choices}", param="n"
         )
     if abs(request.priority) > MAX_PRIORITY:
         raise InvalidRequest("priority must fit 32 bits", param="priority")
+    for name, text in (("request_id", request.request_id), ("cache_salt", request.cache_salt)):
+        if len(text) > MAX_LABEL_CHARS:
+            raise InvalidRequest(
+                f"{name} has {len(text)} characters, at most {MAX_LABEL_CHARS} are taken",
+                param=name,
+            )
 
 
 def check_stops(stopping: StoppingOptions) -> None:

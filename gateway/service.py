@@ -14,7 +14,7 @@ from gateway.choice import Acceptance, Choice
 from gateway.mesh_client import MeshClient
 from gateway.metrics import GatewayMetrics
 from gateway.model import ServedModel
-from gateway.prepare import Preparer, check_choices
+from gateway.prepare import Preparer, check_shape
 from gateway.requests import GenerationRequest
 from gateway.seeds import choice_seed
 from stagemesh.errors import InvalidRequest, QueueFull, StageMeshError
@@ -60,7 +60,7 @@ class GenerationService:
         with self._counting_refusals():
             for request in requests:
                 self.model.check_name(request.model)
-                check_choices(request)
+                check_shape(request)
             self._check_room(num_choices := sum(request.num_choices for request in requests))
         with self._admitted(num_choices):
             with self._counting_refusals():

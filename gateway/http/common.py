@@ -28,9 +28,10 @@ class HttpContext:
 
 
 def answer_id(prefix: str, request: Request, body: GenerationBody) -> str:
-    """The caller's label where there is one, else a new one."""
-    label = body.request_id or request.headers.get("x-request-id") or uuid.uuid4().hex
-    return f"{prefix}-{label[:MAX_LABEL_CHARS]}"
+    """The caller's label where there is one, as far as a header can carry it, else a new one."""
+    given = body.request_id or request.headers.get("x-request-id") or ""
+    label = "".join(char for char in given if char.isascii() and char.isprintable())
+    return f"{prefix}-{label[:MAX_LABEL_CHARS] or uuid.uuid4().hex}"
 
 
 def envelope(identity: str, kind: str, model: str) -> dict[str, Any]:

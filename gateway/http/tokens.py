@@ -10,7 +10,6 @@ from gateway.http.chat import chat_prompt
 from gateway.http.common import HttpContext
 from gateway.http.reading import read_body
 from gateway.http.schemas import DetokenizeBody, TokenizeBody
-from gateway.prepare import check_token_ids
 from gateway.requests import Prompt, TextPrompt
 from stagemesh.errors import InvalidRequest
 
@@ -45,7 +44,5 @@ def _prompt(body: TokenizeBody) -> Prompt:
 
 async def detokenize(context: HttpContext, request: Request) -> dict[str, Any]:
     body = await read_body(request, DetokenizeBody, context.max_body_bytes)
-    model = context.service.model
-    model.check_name(body.model or "")
-    check_token_ids("tokens", body.tokens, model.vocab_size)
-    return {"prompt": model.tokenizer.decode(body.tokens, skip_special=False)}
+    context.service.model.check_name(body.model or "")
+    return {"prompt": await context.service.preparer.decode(body.tokens, skip_special=False)}

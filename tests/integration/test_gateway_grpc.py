@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 
 import grpc
@@ -279,13 +280,40 @@ async def test_the_deadline_of_the_call_is_the_request_s(gateway: Gateway, stub)
     await until(lambda: gateway.scheduler.aborts != [], "the abort")
 
 
-async def test_a_slow_reader_gets_all_tokens_in_few_deltas(gateway: Gateway, stub) -> None:  # type: ignore[no-untyped-def]
-    stopping = pb.StoppingCriteria(max_tokens=400, ignore_eos=True)
-    calls = [stub.Generate(ask("Once", stopping=stopping)) for _ in range(8)]
-    await until(lambda: len(gateway.scheduler.submits) == 8, "the requests")
-    for call in calls:
+async def test_a_slow_reader_gets_all_tokens_in_fewer_deltas(gateway: Gateway) -> None:
+    """What a connection does not hold is merged: the gateway writes no faster than is read."""
+    stopping = pb.StoppingCriteria(max_tokens=500, ignore_eos=True)
+    request = ask("Once", stopping=stopping, output=pb.OutputOptions(logprobs=20))
+    small_window = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 2**16)]
+    async with grpc.aio.insecure_channel(gateway.grpc, options=small_window) as channel:
+        call = pb_grpc.TextGenerationStub(channel).Generate(request)
+        await until(lambda: gateway.scheduler.num_finished == 1, "the mesh to finish")
         deltas, _ = await collect(call)
-        assert len(ids_of(deltas)) == 400
+    assert len(ids_of(deltas)) == 500
+    print(len(deltas), "deltas")
+    assert len(deltas) < 400
+
+
+BAD: list[tuple[pb.GenerateRequest, grpc.StatusCode, str]] = [
+    (pb.GenerateRequest(), Code.INVALID_ARGUMENT, "no prompt"),
+    (pb.GenerateRequest(text=""), Code.INVALID_ARGUMENT, "empty"),
+    (pb.GenerateRequest(token_ids=pb.TokenIds()), Code.INVALID_ARGUMENT, "empty"),
+    (ask(model="another"), Code.NOT_FOUND, "another"),
+    (ask(sampling=pb.SamplingParams(temperature=math.nan)), Code.INVALID_ARGUMENT, "temperature"),
+    (ask(request_id="x" * 1000), Code.INVALID_ARGUMENT, "request_id"),
+    (ask("a" * 2_000_000), Code.INVALID_ARGUMENT, "2000000 characters"),
+    (ask("a" * 100_000_000), Code.RESOURCE_EXHAUSTED, "larger than max"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(BAD)))
+async def test_bad_requests(gateway: Gateway, stub, number: int) -> None:  # type: ignore[no-untyped-def]
+    request, code, mention = BAD[number]
+    error = await fails(stub.Generate(request))
+    assert error.code() == code
+    assert mention in str(error.details())
+    assert not gateway.scheduler.submits
+    await collect(stub.Generate(ask()))
 
 
 BAD_CODES = {"not_finite": Code.INTERNAL, "mesh_unavailable": Code.UNAVAILABLE}

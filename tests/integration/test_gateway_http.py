@@ -253,6 +253,16 @@ async def test_extensions(gateway: Gateway, http: httpx.AsyncClient) -> None:
     assert not choice["text"].startswith(TOKENIZER.decode([7, 8, 9]))
 
 
+async def test_labels(gateway: Gateway, http: httpx.AsyncClient) -> None:
+    answer = await http.post(
+        "/v1/completions", json=GENERATE | {"request_id": "mine\r\nX-Evil: 1ü"}
+    )
+    assert answer.headers["x-request-id"] == answer.json()["id"] == "cmpl-mineX-Evil: 1"
+    assert "x-evil" not in answer.headers
+    named = await http.post("/v1/completions", json=GENERATE, headers={"X-Request-Id": "theirs"})
+    assert named.json()["id"] == gateway.scheduler.submits[-1].label == "cmpl-theirs"
+
+
 async def test_tokenize_and_detokenize(http: httpx.AsyncClient) -> None:
     answer = (await http.post("/tokenize", json={"prompt": TEXT, "return_token_strs": True})).json()
     assert answer["tokens"] == [0, *TEXT_IDS]

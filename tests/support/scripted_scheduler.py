@@ -54,6 +54,7 @@ class ScriptedScheduler(mesh_pb2_grpc.SchedulerServicer):
     submits: list[Submit] = field(default_factory=list)
     aborts: list[int] = field(default_factory=list)
     num_attached: int = 0
+    num_finished: int = 0
     repeats: int = 0  # how often each token is sent again
     _streams: list[asyncio.Queue[mesh_pb2.GatewayEvent | None]] = field(default_factory=list)
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
@@ -75,6 +76,7 @@ class ScriptedScheduler(mesh_pb2_grpc.SchedulerServicer):
             reading = tasks.create_task(self._read(messages, events, tasks))
             while (event := await events.get()) is not None:
                 await context.write(event)
+                self.num_finished += event.WhichOneof("event") == "finished"
             reading.cancel()
             for task in list(self._running.values()):
                 task.cancel()

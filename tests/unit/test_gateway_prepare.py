@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.paths import DEMO_MODEL
 
 from gateway.model import ServedModel
-from gateway.prepare import Preparer, as_sent, resolve_sampling
+from gateway.prepare import Preparer, as_sent, check_shape, resolve_sampling
 from gateway.requests import (
     ChatPrompt,
     GenerationRequest,
@@ -97,8 +98,6 @@ BAD: list[tuple[GenerationRequest, type[StageMeshError], str]] = [
     (tokens(5, max_tokens=0), InvalidRequest, "max_tokens"),
     (tokens(5, stop=("x",) * 65), InvalidRequest, "stop has 65"),
     (tokens(5, stop_token_ids=tuple(range(1025))), InvalidRequest, "stop_token_ids"),
-    (replace(tokens(5), num_choices=129), InvalidRequest, "n must"),
-    (replace(tokens(5), priority=2**31), InvalidRequest, "priority"),
     (replace(tokens(5), sampling=SamplingOptions(seed=2**64)), InvalidRequest, "seed"),
     (replace(tokens(5), sampling=SamplingOptions(logit_bias={9999: 1})), InvalidRequest, "9999"),
     (replace(tokens(5), sampling=SamplingOptions(top_p=1e-300)), InvalidRequest, "top_p"),
@@ -112,6 +111,22 @@ async def test_what_is_refused(
     with pytest.raises(kind, match=mention) as caught:
         await preparer.prepare(request_, CONTEXT)
     assert type(caught.value) is kind
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"num_choices": 0}, "n"),
+        ({"num_choices": 129}, "n"),
+        ({"priority": 2**31}, "priority"),
+        ({"request_id": "x" * 301}, "request_id"),
+        ({"cache_salt": "x" * 301}, "cache_salt"),
+    ],
+)
+def test_what_is_refused_before_anything_is_done(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        check_shape(replace(tokens(5), **fields))
+    assert caught.value.param == param
 
 
 async def test_long_texts_do_not_hold_the_event_loop(preparer: Preparer) -> None:
