@@ -1,7 +1,7 @@
 """A stage holds its share of a checkpoint: its tensors and at most 15 % more.
 
-Anonymous memory above an idle worker, KV excluded, at its peak while loading and in a step, whatever
-the tensors are turned into.
+Anonymous memory above an idle worker, KV excluded, at its peak while loading and in a step,
+whatever the tensors are turned into.
 """
 
 from __future__ import annotations
