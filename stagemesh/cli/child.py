@@ -16,10 +16,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
+from stagemesh.cli.log_lines import LogLine
 from stagemesh.errors import PeerLost, StageMeshError, from_code
 from stagemesh.supervision import FD_VARIABLE
 
-TAIL_LINES = 20
+TAIL_LINES = 10
 _CHUNK_BYTES = 65536
 
 OnLine = Callable[[str, str], None]
@@ -111,7 +112,8 @@ class Child:
     def last_words(self) -> str:
         if not self.tail:
             return ""
-        return "; its last lines:\n" + "\n".join(f"  {line}" for line in self.tail)
+        lines = [LogLine.parse(line).for_people(self.name).plain for line in self.tail]
+        return "; its last lines:\n" + "\n".join(f"  {line}" for line in lines)
 
     def signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):

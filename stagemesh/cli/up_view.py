@@ -45,6 +45,7 @@ class UpView:
         self._on_terminal = self._console.is_terminal
         as_json = LOG_FORMATS[options.log_format]
         self._as_json = not self._on_terminal if as_json is None else as_json
+        self._level = options.log_level
         level = options.log_level or ("warning" if self._on_terminal else "info")
         self._show_line = shower(level, self._as_json, self._show)
         self._rows: dict[str, _Row] = {}
@@ -91,6 +92,9 @@ class UpView:
         self.end_progress()
         if self._on_terminal:
             self._console.print("stopping …", style="dim")
+            if self._level is None:
+                # Neighbours that see each other go warn of it.
+                self._show_line = shower("error", self._as_json, self._show)
         else:
             self._log.info("stopping")
 

@@ -128,6 +128,38 @@ def test_status_for_people_and_for_programs(mesh: Mesh) -> None:
     assert {worker["state"] for worker in status["workers"]} == {"WORKER_STATE_SERVING"}
 
 
+def test_a_talk_goes_on_after_ctrl_c_and_ends_with_the_input(mesh: Mesh) -> None:
+    with subprocess.Popen(
+        [*STAGEMESH, "chat", "--target", mesh.ready["grpc"], "--temperature", "0"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as chat:
+        assert chat.stdin is not None
+        assert chat.stdout is not None
+        output = _read_until(chat, b"> ")
+        chat.stdin.write(b"Once upon a time\n")
+        chat.stdin.flush()
+        output += chat.stdout.read1()
+        chat.send_signal(signal.SIGINT)
+        output += _read_until(chat, b"> ")
+        rest, _ = chat.communicate(b"Tom had a dog\n", timeout=TIMEOUT_S)
+        assert chat.returncode == 0, output + rest
+        assert b"Traceback" not in output + rest
+        assert len(rest) > len("Tom had a dog")
+    mesh.wait_idle()
+
+
+def _read_until(process: subprocess.Popen[bytes], what: bytes) -> bytes:
+    assert process.stdout is not None
+    output = b""
+    while not output.endswith(what):
+        chunk = process.stdout.read1()
+        assert chunk, output
+        output += chunk
+    return output
+
+
 def test_health(mesh: Mesh) -> None:
     for process in mesh.ready["processes"]:
         done = stagemesh("health", process["address"])
