@@ -57,11 +57,13 @@ class DeviceThread:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="device", daemon=True)
         self._stopping = False
+        self._busy = False
         self._thread.start()
 
     @property
-    def num_queued(self) -> int:
-        return self._jobs.qsize()
+    def num_unfinished(self) -> int:
+        """Jobs that wait or are being done."""
+        return self._jobs.qsize() + self._busy
 
     @property
     def stopping(self) -> bool:
@@ -90,7 +92,9 @@ class DeviceThread:
     def _work(self) -> None:
         idle_since_ns = time.perf_counter_ns()
         while (job := self._jobs.get()) is not None and not self._stopping:
+            self._busy = True
             outcome = _run(job, idle_since_ns)
+            self._busy = False
             idle_since_ns = time.perf_counter_ns()
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
                 self._loop.call_soon_threadsafe(_resolve, job.future, outcome)

@@ -87,7 +87,7 @@ class Worker:
     def stats(self) -> mesh_pb2.WorkerStats:
         held = self._parts.holder.held
         num_sequences = held.executor.num_sequences if held else 0
-        return self._parts.stats.to_proto(self._parts.device.num_queued, num_sequences)
+        return self._parts.stats.to_proto(self._parts.device.num_unfinished, num_sequences)
 
     def attached(self, welcome: mesh_pb2.WelcomeWorker) -> None:
         self.membership.follow_term(welcome.term)

@@ -1,4 +1,4 @@
-"""Two real workers under a scripted scheduler: steps, their order, and epochs that end and begin."""
+"""Two real workers under a scripted scheduler: steps in order, epochs that end and begin."""
 
 from __future__ import annotations
 
@@ -227,11 +227,15 @@ async def test_steps_of_an_epoch_that_was_left_are_refused(pair: Pair) -> None:
     for link in pair.links:
         link.leave(epoch)
     with pytest.raises(StaleEpoch):
-        for number in itertools.count():
-            await stream.send(step_of(epoch, number, []))
+        await send_for_ever(stream, epoch)
     await stream.close()
     while not pair.scheduler.results.empty():
         pair.scheduler.results.get_nowait()
+
+
+async def send_for_ever(stream: PushStream, epoch: Epoch) -> None:
+    for number in itertools.count():
+        await stream.send(step_of(epoch, number, []))
 
 
 async def test_joining_an_epoch_that_is_not_newer_is_refused(pair: Pair) -> None:
@@ -290,7 +294,7 @@ async def test_health_tells_of_the_epoch(pair: Pair) -> None:
         assert await is_serving(channel, SERVICE_NAME)
         await pair.end(epoch, stream)
         async with asyncio.timeout(10):
-            while await is_serving(channel, SERVICE_NAME):
+            while await is_serving(channel, SERVICE_NAME):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         assert await is_serving(channel, "")
 

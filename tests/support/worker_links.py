@@ -1,4 +1,4 @@
-"""A scheduler that does what a test says: real gRPC towards real workers, no decisions of its own."""
+"""A scheduler that does what a test says, by real gRPC towards real workers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ import grpc.aio
 from support.paths import REPO
 
 from protos import mesh_pb2, mesh_pb2_grpc
+from stage_worker.options import WorkerOptions
+from stage_worker.server import serve
 from stagemesh.errors import StageMeshError
 from stagemesh.plan import Epoch, Span, StepResult
+from stagemesh.process import root_cause
 from stagemesh.rpc import RpcServer
 from stagemesh.transport import Hello, Message, PushStream, open_push_stream, push_handlers
 from stagemesh.wire import epoch_to_proto, error_to_proto, span_to_proto
@@ -217,22 +220,46 @@ async def worker_process(
     model: Path, scheduler_address: str, *flags: str
 ) -> AsyncIterator[WorkerProcess]:
     """Kills the process at the end where it still runs, and prints what it logged."""
-    with tempfile.TemporaryDirectory() as scratch:
-        log = Path(scratch, "worker.log")
-        with log.open("wb") as sink:
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "stage_worker", "--model", str(model)),
-                *("--scheduler", scheduler_address, "--listen", "127.0.0.1:0"),
-                *("--num-blocks", "32", *flags),
-                stdout=sink,
-                stderr=sink,
-                cwd=REPO,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
+    with tempfile.NamedTemporaryFile(suffix=".log") as sink:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "stage_worker", "--model", str(model)),
+            *("--scheduler", scheduler_address, "--listen", "127.0.0.1:0"),
+            *("--num-blocks", "32", *flags),
+            stdout=sink,
+            stderr=sink,
+            cwd=REPO,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        worker = WorkerProcess(process, Path(sink.name))
         try:
-            yield WorkerProcess(process, log)
+            yield worker
         finally:
             if process.returncode is None:
                 process.kill()
                 await process.wait()
-            sys.stdout.write(log.read_text()[-4000:])
+            sys.stdout.write(worker.output()[-4000:])
+
+
+@asynccontextmanager
+async def local_worker(
+    model: Path, scheduler_address: str, **options: Any
+) -> AsyncIterator[asyncio.Task[None]]:
+    """A worker in this process: what a process costs is spared, all else is real."""
+    chosen = {"listen": "127.0.0.1:0", "num_blocks": 32, **options}
+    task = asyncio.create_task(
+        serve(WorkerOptions(model=model, scheduler=scheduler_address, **chosen))
+    )
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+async def failure(worker: asyncio.Task[None]) -> BaseException:
+    """What ended a local worker."""
+    async with asyncio.timeout(TIMEOUT_S):
+        await asyncio.wait([worker])
+    error = worker.exception()
+    assert error is not None
+    return root_cause(error)

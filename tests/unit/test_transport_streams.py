@@ -139,7 +139,7 @@ async def test_pings_are_answered_while_long_messages_are_sent(
         for number in range(3):
             await stream.send(step_frame(number, bytes(3 * MAX_FRAME_BYTES)))
         await handler.wait_for(3)
-        while not stream.rtt_ns:
+        while not stream.rtt_ns:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
         await stream.close()
 
@@ -225,7 +225,7 @@ async def test_a_sender_waiting_for_room_is_woken_when_the_stream_breaks() -> No
                 await stream.send(step_frame(number, bytes(MAX_FRAME_BYTES)))
 
         sending = asyncio.create_task(send_forever())
-        while not stream.is_full:
+        while not stream.is_full:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
         await stream.abandon()
         with pytest.raises(PeerLost):

@@ -1,0 +1,324 @@
+"""A worker process from its start to its end: registering, loading, losing others, stopping."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from support.paths import DEMO_MODEL
+from support.stages import Chain, Live, Wish
+from support.worker_links import (
+    LinkScheduler,
+    WorkerLink,
+    failure,
+    link_scheduler,
+    local_worker,
+    push_to,
+    worker_process,
+)
+
+from protos import mesh_pb2
+from stagemesh.errors import CheckpointError, MeshUnavailable, ModelMismatch, SpanError
+from stagemesh.frames import StepFrame
+from stagemesh.plan import Epoch, Row, Span, Step, StepResult
+from stagemesh.rpc import make_channel
+from stagemesh.transport import PushStream
+from stagemesh.wire import span_from_proto
+
+NUM_LAYERS = 6
+NUM_BLOCKS = 32
+WISH = Wish(prompt=[0, 31, 57, 200], max_tokens=6)
+
+
+async def step(
+    scheduler: LinkScheduler, stream: PushStream, epoch: Epoch, number: int, rows: list[Row]
+) -> StepResult:
+    await stream.send(StepFrame(Step("p", epoch, number, tuple(rows))))
+    return await scheduler.result()
+
+
+async def generate(
+    scheduler: LinkScheduler, stream: PushStream, epoch: Epoch, live: Live, num_tokens: int
+) -> None:
+    for number in range(num_tokens):
+        row = live.row(1, None)
+        result = await step(scheduler, stream, epoch, number, [row])
+        live.take(row, result.rows[0])
+
+
+def new_live() -> Live:
+    return Live(1, WISH, (3, 1), list(WISH.prompt))
+
+
+def reference() -> list[int]:
+    return Chain(DEMO_MODEL, 1, num_blocks=NUM_BLOCKS).run([WISH])[0].tokens
+
+
+async def test_a_worker_says_what_it_is_and_loads_what_it_is_told() -> None:
+    async with (
+        link_scheduler() as scheduler,
+        local_worker(DEMO_MODEL, scheduler.address, worker_id="w7", layers=Span(2, 5)),
+    ):
+        link = await scheduler.worker()
+        said = link.registration
+        assert said.worker_id == "w7"
+        assert said.pid == os.getpid()
+        assert span_from_proto(said.fixed_span) == Span(2, 5)
+        assert said.model.num_layers == NUM_LAYERS
+        assert set(said.model.part_hashes) >= {"embedding", "layer.0", "norm", "head"}
+        assert not said.HasField("loaded")
+        loaded = await link.load(2, 5)
+        assert loaded.num_blocks == NUM_BLOCKS
+        assert link.progress[-1].loaded_bytes == link.progress[-1].total_bytes > 0
+        assert await link.load(2, 5) == loaded
+        smaller = await link.load(2, 3)
+        assert smaller.weight_bytes < loaded.weight_bytes
+
+
+async def test_a_worker_outlives_its_scheduler_and_keeps_what_it_holds() -> None:
+    live = new_live()
+    async with contextlib.AsyncExitStack() as worker:
+        async with link_scheduler(term=1) as scheduler:
+            address = scheduler.address
+            await worker.enter_async_context(local_worker(DEMO_MODEL, address))
+            link = await scheduler.worker()
+            loaded = await link.load(0, NUM_LAYERS)
+            await scheduler.form([link], Epoch(1, 1))
+            stream = await push_to(link, Epoch(1, 1))
+            await generate(scheduler, stream, Epoch(1, 1), live, 2)
+            await stream.close()
+        async with link_scheduler(address, term=2) as scheduler:
+            again = await scheduler.worker()
+            assert again.registration.incarnation == link.registration.incarnation
+            assert again.registration.loaded == loaded
+            await scheduler.form([again], Epoch(2, 1), keep_kv=True)
+            stream = await push_to(again, Epoch(2, 1))
+            live.first = True
+            await generate(scheduler, stream, Epoch(2, 1), live, 4)
+            await stream.close()
+            assert live.tokens == reference()
+        async with link_scheduler(address, term=1) as scheduler:
+            stale = await scheduler.worker()
+            async with asyncio.timeout(10):
+                await stale.ended.wait()  # the worker has met a scheduler that replaced this one
+            assert (await scheduler.worker()).registration.HasField("loaded")
+
+
+async def test_a_worker_without_a_scheduler_waits_for_one() -> None:
+    async with link_scheduler() as scheduler:
+        address = scheduler.address
+    async with local_worker(DEMO_MODEL, address) as worker:
+        done, _ = await asyncio.wait([worker], timeout=0.5)
+        assert not done
+        async with link_scheduler(address) as scheduler:
+            scheduler.refusal = MeshUnavailable("not yet")
+            await scheduler.worker()
+            scheduler.refusal = None
+            await (await scheduler.worker()).load(0, 1)
+
+
+async def test_a_neighbour_killed_is_noticed_at_once() -> None:
+    async with (
+        link_scheduler() as scheduler,
+        local_worker(DEMO_MODEL, scheduler.address, worker_id="0"),
+        worker_process(DEMO_MODEL, scheduler.address, "--worker-id", "1") as second,
+        local_worker(DEMO_MODEL, scheduler.address, worker_id="2"),
+    ):
+        links = [await scheduler.worker() for _ in range(3)]
+        links.sort(key=lambda link: link.registration.worker_id)
+        for i, link in enumerate(links):
+            await link.load(2 * i, 2 * i + 2)
+        await scheduler.form(links, Epoch(1, 1))
+        stream = await push_to(links[0], Epoch(1, 1))
+        row = Live(1, WISH, (3, 1), list(WISH.prompt)).row(3, None)
+        await step(scheduler, stream, Epoch(1, 1), 0, [row])
+
+        start = time.monotonic()
+        second.signal(signal.SIGKILL)
+        for neighbour in (links[0], links[2]):
+            broken = await neighbour.expect("epoch_broken")
+            assert broken.error.code == "peer_lost"
+            assert broken.peer_address == links[1].address
+        async with asyncio.timeout(10):
+            await links[1].ended.wait()
+        assert time.monotonic() - start < 5.0
+        await stream.close()
+
+
+async def test_health_answers_while_the_device_computes() -> None:
+    async with (
+        link_scheduler() as scheduler,
+        worker_process(DEMO_MODEL, scheduler.address),
+    ):
+        link, stream, epoch = await lone_pipeline(scheduler)
+        latencies = []
+        computing = asyncio.create_task(step(scheduler, stream, epoch, 0, long_rows()))
+        async with make_channel(link.address) as channel:
+            while not computing.done():
+                start = time.monotonic()
+                response = await health_pb2_grpc.HealthStub(channel).Check(
+                    health_pb2.HealthCheckRequest(), timeout=10
+                )
+                assert response.status == health_pb2.HealthCheckResponse.SERVING
+                latencies.append(time.monotonic() - start)
+                await asyncio.sleep(0.01)
+        compute_s = (await computing).timings[0].compute_ns / 1e9
+        assert compute_s > 0.3, "the computation was too short to show anything"
+        assert len(latencies) > 10
+        assert max(latencies) < compute_s / 2
+        await stream.close()
+
+
+async def lone_pipeline(scheduler: LinkScheduler) -> tuple[WorkerLink, PushStream, Epoch]:
+    link = await scheduler.worker()
+    await link.load(0, NUM_LAYERS)
+    await scheduler.form([link], Epoch(1, 1))
+    return link, await push_to(link, Epoch(1, 1)), Epoch(1, 1)
+
+
+def long_rows(num_rows: int = 25) -> list[Row]:
+    """Seconds of work. All rows use the same pages, since nobody wants their tokens."""
+    wish = Wish(prompt=[0] * 500, max_tokens=1)
+    blocks = tuple(range(NUM_BLOCKS))
+    return [Live(i, wish, blocks, wish.prompt).row(1, None) for i in range(num_rows)]
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "computing"])
+async def test_told_to_stop_a_worker_says_goodbye_and_ends_well(busy: bool) -> None:
+    async with (
+        link_scheduler() as scheduler,
+        worker_process(DEMO_MODEL, scheduler.address) as worker,
+    ):
+        link, stream, epoch = await lone_pipeline(scheduler)
+        if busy:
+            await stream.send(StepFrame(Step("p", epoch, 0, tuple(long_rows(600)))))
+            while not (await link.next_stats()).steps_queued:
+                pass
+        worker.signal(signal.SIGTERM)
+        assert (await link.expect("goodbye")).reason
+        assert await worker.wait() == 0
+        async with asyncio.timeout(10):
+            await link.ended.wait()
+        await stream.close()
+
+
+async def test_the_scheduler_can_shut_a_worker_down() -> None:
+    async with (
+        link_scheduler() as scheduler,
+        local_worker(DEMO_MODEL, scheduler.address) as worker,
+    ):
+        link = await scheduler.worker()
+        link.command(shutdown=mesh_pb2.ShutdownWorker(reason="enough"))
+        async with asyncio.timeout(20):
+            await worker
+
+
+async def test_a_worker_that_is_refused_for_good_ends_and_says_why() -> None:
+    async with link_scheduler() as scheduler:
+        scheduler.refusal = ModelMismatch("layer.3 differs from what the mesh serves")
+        async with local_worker(DEMO_MODEL, scheduler.address) as worker:
+            error = await failure(worker)
+    assert isinstance(error, ModelMismatch)
+    assert "layer.3 differs" in str(error)
+
+
+async def test_a_port_in_use_is_named() -> None:
+    async with (
+        link_scheduler() as scheduler,
+        worker_process(DEMO_MODEL, scheduler.address, "--listen", scheduler.address) as worker,
+    ):
+        assert await worker.wait() == 1
+        assert f"{scheduler.address} is in use" in worker.output()
+
+
+def truncate(model: Path) -> None:
+    weights = model / "model.safetensors"
+    with weights.open("r+b") as file:
+        file.truncate(weights.stat().st_size // 2)
+
+
+def remove_weights(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+
+
+def change_architecture(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    config["architectures"] = ["MambaForCausalLM"]
+    (model / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [(truncate, "model.safetensors"), (remove_weights, "files are missing")],
+)
+async def test_a_damaged_model_ends_the_worker(
+    damage: Callable[[Path], None], complaint: str, tmp_path: Path
+) -> None:
+    model = demo_copy(tmp_path)
+    damage(model)
+    async with link_scheduler() as scheduler, local_worker(model, scheduler.address) as worker:
+        error = await failure(worker)
+    assert isinstance(error, CheckpointError)
+    assert complaint in str(error)
+
+
+async def test_a_model_damaged_after_the_worker_registered_is_reported(tmp_path: Path) -> None:
+    model = demo_copy(tmp_path)
+    async with link_scheduler() as scheduler, local_worker(model, scheduler.address) as worker:
+        link = await scheduler.worker()
+        truncate(model)
+        link.start_load(0, NUM_LAYERS)
+        assert (await link.expect("failed")).code == "checkpoint"
+        assert isinstance(await failure(worker), CheckpointError)
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint", "code"),
+    [
+        ((), "MambaForCausalLM", 1),
+        (("--layers", "4:9"), "MambaForCausalLM", 1),
+        (("--block-size", "0"), "--block-size", 2),
+        (("--lairs", "0:1"), "--layers", 2),
+    ],
+    ids=["architecture", "both", "option", "unknown option"],
+)
+async def test_what_is_wrong_from_the_start_is_one_line_and_an_exit_code(
+    flags: tuple[str, ...], complaint: str, code: int, tmp_path: Path
+) -> None:
+    model = demo_copy(tmp_path)
+    change_architecture(model)
+    async with worker_process(model, "127.0.0.1:1", *flags) as worker:
+        assert await worker.wait() == code
+        assert complaint in worker.output()
+        assert len(worker.output().splitlines()) == 1
+
+
+def demo_copy(directory: Path) -> Path:
+    copied = directory / "model"
+    shutil.copytree(DEMO_MODEL, copied, ignore=shutil.ignore_patterns(".*"))
+    return copied
+
+
+async def test_a_fixed_span_outside_the_model_ends_the_worker() -> None:
+    async with local_worker(DEMO_MODEL, "127.0.0.1:1", layers=Span(4, 9)) as worker:
+        error = await failure(worker)
+    assert isinstance(error, SpanError)
+    assert "4:9" in str(error)
+
+
+async def test_a_span_outside_the_model_is_reported_and_survived() -> None:
+    async with link_scheduler() as scheduler, local_worker(DEMO_MODEL, scheduler.address):
+        link = await scheduler.worker()
+        link.start_load(3, 99)
+        failed = await link.expect("failed")
+        assert failed.code == "span"
+        await link.load(3, NUM_LAYERS)
