@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 import threading
 from collections.abc import Sequence
+
+import uvloop
 
 from stage_worker.options import WorkerOptions
 from stage_worker.server import OnReady
@@ -14,6 +17,7 @@ from stagemesh.process import run_service
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
     code = run_service("worker", WorkerOptions, _serve, argv)
     if any(thread.name == "device" for thread in threading.enumerate()):
         # Arithmetic cannot be interrupted, and a thread inside of it cannot see Python end.
