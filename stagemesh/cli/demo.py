@@ -44,11 +44,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _introduce(endpoints: Endpoints) -> None:
     print("\nStageMesh serves; the story goes through these processes:", file=sys.stderr)
-    for process in endpoints.processes:
-        if process.role == "worker":
-            layers = f"layers {process.start_layer} to {process.end_layer}"
-            print(f"  {process.id}, pid {process.pid}, {layers}", file=sys.stderr)
-    print(file=sys.stderr)
+    print(*endpoints.worker_lines(), "", sep="\n", file=sys.stderr)
 
 
 async def _tell_story(options: DemoOptions, target: str) -> None:

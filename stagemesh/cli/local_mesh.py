@@ -51,6 +51,15 @@ class Endpoints:
     scheduler: str
     processes: tuple[ProcessFacts, ...]
 
+    def worker_lines(self) -> list[str]:
+        """One line per worker, in the order of the layers."""
+        workers = [process for process in self.processes if process.role == "worker"]
+        workers.sort(key=lambda worker: (worker.start_layer or 0, worker.id))
+        return [
+            f"  {worker.id:<9}  layers {worker.start_layer}:{worker.end_layer}, pid {worker.pid}"
+            for worker in workers
+        ]
+
 
 class MeshView(Protocol):
     """Who is told what happens."""

@@ -108,19 +108,10 @@ def _welcome(options: UpOptions, endpoints: Endpoints) -> str:
             f"  gRPC       {endpoints.grpc}",
             f"  HTTP       http://{endpoints.http}/v1",
             f"  scheduler  {endpoints.scheduler}",
-            *_worker_lines(endpoints),
+            *endpoints.worker_lines(),
             "",
             f'Try        stagemesh generate "Once upon a time"{target}',
             "Stop it    Ctrl-C",
             "",
         ]
     )
-
-
-def _worker_lines(endpoints: Endpoints) -> list[str]:
-    workers = [process for process in endpoints.processes if process.role == "worker"]
-    workers.sort(key=lambda worker: (worker.start_layer or 0, worker.id))
-    return [
-        f"  {worker.id:<9}  layers {worker.start_layer}:{worker.end_layer}, pid {worker.pid}"
-        for worker in workers
-    ]
