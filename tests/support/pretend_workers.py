@@ -1,0 +1,287 @@
+"""Workers that speak the real protocol over real gRPC and compute with the simulator's stages.
+
+Their tokens are right only if every page was the right one: see simulation.pretend_model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from simulation.fake_stage import FakeStage
+from simulation.pretend_model import NUM_LAYERS, VOCAB_SIZE
+
+from protos import mesh_pb2, mesh_pb2_grpc
+from stagemesh import wire
+from stagemesh.errors import PeerLost, StageMeshError, StaleEpoch
+from stagemesh.plan import HopTiming, ModelSummary, Row, Span, StepResult
+from stagemesh.rpc import RpcServer, make_channel
+from stagemesh.transport import (
+    Hello,
+    Message,
+    PushStream,
+    StepFrame,
+    open_push_stream,
+    push_handlers,
+)
+
+WAIT_S = 20.0
+PARTS = ["embedding", *(f"layer.{index}" for index in range(NUM_LAYERS)), "norm", "head"]
+MODEL = ModelSummary(
+    name="pretend",
+    architecture="Pretend",
+    num_layers=NUM_LAYERS,
+    hidden_size=2,
+    vocab_size=VOCAB_SIZE,
+    max_position=256,
+    layer_bytes=100,
+    embedding_bytes=1,
+    head_bytes=1,
+    structure_hash="pretend",
+    part_hashes={part: part for part in PARTS},
+)
+
+
+async def until(condition: Callable[[], bool], what: str) -> None:
+    """Waits for a condition; fails, saying what was waited for."""
+    try:
+        async with asyncio.timeout(WAIT_S):
+            while not condition():  # noqa: ASYNC110 - conditions of many kinds
+                await asyncio.sleep(0.005)  # between two looks, never instead of one
+    except TimeoutError:
+        raise AssertionError(f"waited {WAIT_S} s for {what}") from None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a pretend worker has; `fixed` is its operator's wish."""
+
+    fixed: Span | None = None
+    num_blocks: int = 512
+    block_size: int = 4
+    model: ModelSummary = MODEL
+    dtype: str = "float32"
+
+
+class PretendWorker:
+    """One process. `gate` holds steps back while it is clear; `epochs` are those that it joined;
+    `refusal` is why the scheduler did not want it."""
+
+    def __init__(
+        self, scheduler: str, worker_id: str, incarnation: int = 1, shape: Shape | None = None
+    ) -> None:
+        self.worker_id = worker_id
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.epochs: list[mesh_pb2.JoinEpoch] = []
+        self.refusal: StageMeshError | None = None
+        self.num_steps = 0
+        self.fail_next_step: StageMeshError | None = None
+        self._shape = shape or Shape()
+        self._scheduler = scheduler
+        self._incarnation = incarnation
+        self._loaded: mesh_pb2.SpanLoaded | None = None
+        self._stage: FakeStage | None = None
+        self._join: mesh_pb2.JoinEpoch | None = None
+        self._joined = asyncio.Condition()
+        self._next: PushStream | None = None
+        self._outbox: asyncio.Queue[mesh_pb2.WorkerMessage] = asyncio.Queue()
+        self._control: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server = RpcServer("127.0.0.1:0")
+        self._address = ""
+
+    async def start(self) -> PretendWorker:
+        self._server.server.add_generic_rpc_handlers((push_handlers(self),))
+        self._address = await self._server.start()
+        self.attach()
+        return self
+
+    def attach(self) -> None:
+        """Dials the scheduler, with what it holds."""
+        self._control = asyncio.create_task(self._follow())
+
+    async def detach(self) -> None:
+        """The control stream breaks; the process lives on."""
+        assert self._control is not None
+        self._control.cancel()
+        await asyncio.gather(self._control, return_exceptions=True)
+        await self._leave()
+
+    async def kill(self) -> None:
+        """The process is gone: no goodbye."""
+        await self.detach()
+        await self._server.stop(0)
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    @property
+    def num_sequences(self) -> int:
+        return self._stage.num_held if self._stage else 0
+
+    # ---- the control stream --------------------------------------------------------------------
+
+    async def _follow(self) -> None:
+        self._outbox = asyncio.Queue()
+        async with make_channel(self._scheduler) as channel:
+            call = mesh_pb2_grpc.SchedulerStub(channel).AttachWorker()  # type: ignore[no-untyped-call]
+            await call.write(mesh_pb2.WorkerMessage(register=self._registration()))
+            async with asyncio.TaskGroup() as group:
+                helpers = [group.create_task(self._write(call)), group.create_task(self._beat())]
+                with contextlib.suppress(Exception):
+                    async for command in call:
+                        await self._obey(command)
+                for helper in helpers:
+                    helper.cancel()
+
+    async def _write(self, call: Any) -> None:
+        while True:
+            await call.write(await self._outbox.get())
+
+    async def _beat(self) -> None:
+        while True:
+            stats = mesh_pb2.WorkerStats(steps_executed=self.num_steps)
+            beat = mesh_pb2.WorkerHeartbeat(stats=stats)
+            self._outbox.put_nowait(mesh_pb2.WorkerMessage(heartbeat=beat))
+            await asyncio.sleep(0.1)
+
+    def _registration(self) -> mesh_pb2.RegisterWorker:
+        shape = self._shape
+        return mesh_pb2.RegisterWorker(
+            protocol_version=wire.PROTOCOL_VERSION,
+            worker_id=self.worker_id,
+            incarnation=self._incarnation,
+            address=self._address,
+            model=wire.model_summary_to_proto(shape.model),
+            fixed_span=wire.span_to_proto(shape.fixed) if shape.fixed else None,
+            loaded=self._loaded,
+            dtype=wire.dtype_to_proto(shape.dtype),
+        )
+
+    async def _obey(self, command: mesh_pb2.WorkerCommand) -> None:
+        kind = command.WhichOneof("command")
+        if kind == "refused":
+            self.refusal = wire.error_from_proto(command.refused)
+        elif kind == "load_span":
+            self._load(wire.span_from_proto(command.load_span.span))
+        elif kind == "join_epoch":
+            self._spawn(self._join_epoch(command.join_epoch))
+        elif kind == "leave_epoch" and self._is_current(command.leave_epoch.epoch):
+            await self._leave()
+
+    def _load(self, span: Span) -> None:
+        shape = self._shape
+        self._stage = FakeStage(
+            span.start,
+            range(span.start, span.end),
+            is_last=span.end == NUM_LAYERS,
+            num_blocks=shape.num_blocks,
+            block_size=shape.block_size,
+            dynamic_rope=0,
+            poison={},
+            salt=self._incarnation,
+        )
+        self._loaded = mesh_pb2.SpanLoaded(
+            span=wire.span_to_proto(span),
+            num_blocks=shape.num_blocks,
+            block_size_tokens=shape.block_size,
+            weight_bytes=100 * span.num_layers,
+        )
+        self._outbox.put_nowait(mesh_pb2.WorkerMessage(span_loaded=self._loaded))
+
+    # ---- epochs --------------------------------------------------------------------------------
+
+    async def _join_epoch(self, join: mesh_pb2.JoinEpoch) -> None:
+        assert self._stage is not None
+        await self._leave()
+        epoch = wire.epoch_from_proto(join.epoch)
+        self._stage.join(epoch, keep_kv=join.keep_kv)
+        async with self._joined:
+            self._join = join
+            self._joined.notify_all()
+        hello = Hello(join.pipeline_id, epoch, join.stage + 1, self._address)
+        try:
+            self._next = await open_push_stream(join.next_address, hello, timeout_s=WAIT_S)
+        except StageMeshError as error:
+            self._report_broken(join, error, join.next_address)
+            return
+        self.epochs.append(join)
+        joined = mesh_pb2.EpochJoined(pipeline_id=join.pipeline_id, epoch=join.epoch)
+        self._outbox.put_nowait(mesh_pb2.WorkerMessage(epoch_joined=joined))
+
+    async def _leave(self) -> None:
+        self._join = None
+        if self._next is not None:
+            stream, self._next = self._next, None
+            await stream.abandon()
+
+    def _report_broken(
+        self, join: mesh_pb2.JoinEpoch, error: StageMeshError, peer_address: str
+    ) -> None:
+        broken = mesh_pb2.EpochBroken(
+            pipeline_id=join.pipeline_id,
+            epoch=join.epoch,
+            error=wire.error_to_proto(error),
+            peer_address=peer_address,
+        )
+        self._outbox.put_nowait(mesh_pb2.WorkerMessage(epoch_broken=broken))
+
+    def _is_current(self, epoch: Any) -> bool:
+        return self._join is not None and self._join.epoch == epoch
+
+    # ---- steps: a PushHandler ------------------------------------------------------------------
+
+    async def accept(self, hello: Hello) -> None:
+        epoch = wire.epoch_to_proto(hello.epoch)
+        async with asyncio.timeout(WAIT_S), self._joined:
+            await self._joined.wait_for(lambda: self._is_current(epoch))
+
+    async def receive(self, hello: Hello, message: Message) -> None:
+        assert isinstance(message, StepFrame)
+        await self.gate.wait()
+        join, stage, stream = self._join, self._stage, self._next
+        if join is None or stage is None or stream is None:
+            raise StaleEpoch("the epoch is over")
+        if self.fail_next_step is not None:
+            error, self.fail_next_step = self.fail_next_step, None
+            self._report_broken(join, error, "")
+            raise error
+        self.num_steps += 1
+        outs, results = stage.execute(message.step, _unpack(message.step.rows, message.payload))
+        timings = (*message.timings, HopTiming(join.stage, compute_ns=1000))
+        if join.stage + 1 == join.num_stages:
+            step = message.step
+            answer = StepResult(step.pipeline_id, step.epoch, step.step, results, timings)
+            await stream.send(answer)
+            return
+        payload = _pack(outs)
+        frame = StepFrame(message.step, payload, "float32", len(payload) // 8, 2, timings)
+        with contextlib.suppress(PeerLost):
+            await stream.send(frame)
+
+    async def broken(self, hello: Hello, error: StageMeshError | None) -> None:
+        if self._join is not None and self._is_current(wire.epoch_to_proto(hello.epoch)):
+            reason = error or PeerLost("the neighbour ended its stream")
+            self._report_broken(self._join, reason, hello.sender_id)
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _pack(rows: Sequence[Sequence[int | None]]) -> bytes:
+    """Eight bytes a position, which the transport takes for two float32."""
+    return b"".join(struct.pack("<q", state) for row in rows for state in row)
+
+
+def _unpack(rows: Sequence[Row], payload: Any) -> list[list[int | None]]:
+    if not payload:
+        return [[] for _ in rows]
+    states = iter(struct.unpack(f"<{len(payload) // 8}q", payload))
+    return [[next(states) for _ in range(row.num_tokens)] for row in rows]
