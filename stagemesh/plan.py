@@ -40,7 +40,7 @@ class SequenceRun:
 
 @dataclass(frozen=True, slots=True)
 class BlockUpdate:
-    """Blocks from `first_index` on replace what a sequence's table of one cache group held there."""
+    """Blocks from `first_index` on replace what a table of one cache group held there."""
 
     first_index: int
     block_ids: tuple[int, ...]
@@ -48,7 +48,7 @@ class BlockUpdate:
 
 @dataclass(frozen=True, slots=True)
 class SequenceState:
-    """All that the stages know of a sequence beside its KV; sent with a run's and epoch's first row."""
+    """All that the stages know of a sequence beside its KV; in the first row of a run and epoch."""
 
     prompt_token_ids: tuple[int, ...]
     output_token_ids: tuple[int, ...]
@@ -154,7 +154,7 @@ class ModelSummary:
     """What the scheduler must know of a model; sizes are of the tensors as stored.
 
     `part_hashes` maps "embedding", "layer.<i>", "norm", "head" to a hash of the tensor bytes.
-    `dynamic_rope_length` is the length above which KV depends on a request's total length; 0: never.
+    `dynamic_rope_length` is the length above which KV depends on a request's total length, or 0.
     """
 
     name: str
