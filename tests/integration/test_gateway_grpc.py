@@ -352,6 +352,42 @@ async def test_a_stream_goes_on_after_the_link_broke(gateway: Gateway, stub) -> 
     assert last.summary.finish_reason == pb.FINISH_REASON_LENGTH
 
 
+async def test_only_a_scheduler_of_no_lower_term_is_followed(gateway: Gateway, stub) -> None:  # type: ignore[no-untyped-def]
+    scheduler = gateway.scheduler
+    scheduler.gate, scheduler.term = 0, 5
+    await restarted(scheduler)
+    task = asyncio.ensure_future(collect(stub.Generate(ask())))
+    await until(lambda: len(scheduler.submits) == 1, "the request")
+    scheduler.term = 4
+    await restarted(scheduler)
+    await restarted(scheduler)
+    assert len(scheduler.submits) == 1
+    scheduler.term = 6
+    await scheduler.open_gate(None)
+    await task
+    assert [submit.attempt for submit in scheduler.submits] == [1, 2]
+
+
+async def restarted(scheduler: ScriptedScheduler) -> None:
+    """The stream breaks, and the gateway has tried another."""
+    before = scheduler.num_attached
+    scheduler.break_streams()
+    await until(lambda: scheduler.num_attached > before, "another stream")
+
+
+async def test_a_request_in_flight_waits_out_a_full_queue(gateway: Gateway, stub) -> None:  # type: ignore[no-untyped-def]
+    scheduler = gateway.scheduler
+    scheduler.gate = 1
+    call = aiter(stub.Generate(ask()))
+    await anext(call)
+    scheduler.refuse = lambda submit: queue_full(submit) if submit.attempt < 4 else None
+    scheduler.break_streams()
+    await until(lambda: len(scheduler.submits) == 4, "attempts until one is taken")
+    await scheduler.open_gate(None)
+    *_, last = [response async for response in call]
+    assert last.summary.usage.completion_tokens == 4
+
+
 async def test_a_lost_finish_is_made_up_for() -> None:
     """All tokens had come when the link broke: the request is not run again."""
     scheduler = ScriptedScheduler()
