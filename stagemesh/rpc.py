@@ -47,7 +47,7 @@ MAX_MESSAGE_BYTES = MAX_HEADER_BYTES + MAX_FRAME_BYTES + 2**16
 
 ERROR_KEY = "stagemesh-error"
 RETRY_AFTER_KEY = "retry-after-ms"
-_MAX_DETAIL_CHARS = 2000  # HTTP/2 trailers are limited to 8 KiB, percent-encoding included
+_MAX_DETAIL_BYTES = 1800  # trailers are limited to 8 KiB, and each byte may take three there
 
 _KEEPALIVE = (
     # A peer whose host is gone is noticed after time + timeout; one whose process died at once.
@@ -163,7 +163,8 @@ async def abort_with(
     if error.retry_after_s is not None:
         metadata.append((RETRY_AFTER_KEY, str(max(0, round(error.retry_after_s * 1000)))))
     status = grpc.StatusCode[outward(error).grpc]
-    await context.abort(status, error.message[:_MAX_DETAIL_CHARS], tuple(metadata))
+    details = error.message.encode("utf-8", "replace")[:_MAX_DETAIL_BYTES].decode("utf-8", "ignore")
+    await context.abort(status, details, tuple(metadata))
     raise AssertionError("context.abort() does not return")
 
 

@@ -47,6 +47,11 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _ROW_ERRORS = {None: plan_pb2.ROW_ERROR_UNSPECIFIED, NOT_FINITE: plan_pb2.ROW_ERROR_NOT_FINITE}
 _ROW_ERROR_NAMES = {number: name for name, number in _ROW_ERRORS.items()}
 
+# Fields of a plain type, which have the same name on both sides.
+_SAMPLING_FIELDS = (
+    *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty"),
+    *("frequency_penalty", "seed", "min_tokens"),
+)
 _TIMING_FIELDS = tuple(field.name for field in fields(HopTiming))
 _SUMMARY_FIELDS = tuple(field.name for field in fields(ModelSummary) if field.name != "part_hashes")
 
@@ -107,16 +112,8 @@ def block_update_from_proto(message: plan_pb2.BlockUpdate) -> BlockUpdate:
 def sampling_to_proto(spec: SamplingSpec) -> plan_pb2.SamplingSpec:
     """Real numbers lose what float32 cannot hold; after one passage nothing more is lost."""
     return plan_pb2.SamplingSpec(
-        temperature=spec.temperature,
-        top_k=spec.top_k,
-        top_p=spec.top_p,
-        min_p=spec.min_p,
-        repetition_penalty=spec.repetition_penalty,
-        presence_penalty=spec.presence_penalty,
-        frequency_penalty=spec.frequency_penalty,
+        **_values(spec, _SAMPLING_FIELDS),
         logit_bias=dict(spec.logit_bias),
-        seed=spec.seed,
-        min_tokens=spec.min_tokens,
         stop_token_ids=spec.stop_token_ids,
         num_logprobs=spec.num_logprobs,
         num_prompt_logprobs=spec.num_prompt_logprobs,
@@ -125,22 +122,13 @@ def sampling_to_proto(spec: SamplingSpec) -> plan_pb2.SamplingSpec:
 
 def sampling_from_proto(message: plan_pb2.SamplingSpec) -> SamplingSpec:
     """Raises InvalidRequest, naming the parameter that is out of range."""
+    has_prompt_logprobs = message.HasField("num_prompt_logprobs")
     return SamplingSpec(
-        temperature=message.temperature,
-        top_k=message.top_k,
-        top_p=message.top_p,
-        min_p=message.min_p,
-        repetition_penalty=message.repetition_penalty,
-        presence_penalty=message.presence_penalty,
-        frequency_penalty=message.frequency_penalty,
+        **_values(message, _SAMPLING_FIELDS),
         logit_bias=dict(message.logit_bias),
-        seed=message.seed,
-        min_tokens=message.min_tokens,
         stop_token_ids=tuple(message.stop_token_ids),
         num_logprobs=message.num_logprobs if message.HasField("num_logprobs") else None,
-        num_prompt_logprobs=(
-            message.num_prompt_logprobs if message.HasField("num_prompt_logprobs") else None
-        ),
+        num_prompt_logprobs=message.num_prompt_logprobs if has_prompt_logprobs else None,
     )
 
 
@@ -306,5 +294,4 @@ def model_summary_from_proto(message: mesh_pb2.ModelSummary) -> ModelSummary:
 
 
 def _values(source: object, names: Iterable[str]) -> dict[str, Any]:
-    """The fields of a flat value, whose names are the same on both sides."""
     return {name: getattr(source, name) for name in names}
