@@ -352,6 +352,10 @@ async def test_a_stream_goes_on_after_the_link_broke(gateway: Gateway, stub) -> 
     assert last.summary.finish_reason == pb.FINISH_REASON_LENGTH
 
 
+async def test_an_idle_gateway_shows_that_it_lives(gateway: Gateway) -> None:
+    await until(lambda: gateway.scheduler.num_heartbeats >= 3, "heartbeats")
+
+
 async def test_only_a_scheduler_of_no_lower_term_is_followed(gateway: Gateway, stub) -> None:  # type: ignore[no-untyped-def]
     scheduler = gateway.scheduler
     scheduler.gate, scheduler.term = 0, 5

@@ -55,9 +55,11 @@ class ScriptedScheduler(mesh_pb2_grpc.SchedulerServicer):
     aborts: list[int] = field(default_factory=list)
     num_attached: int = 0
     num_finished: int = 0
+    num_heartbeats: int = 0
     repeats: int = 0  # how often each token is sent again
     _streams: list[asyncio.Queue[mesh_pb2.GatewayEvent | None]] = field(default_factory=list)
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    _running: dict[int, asyncio.Task[None]] = field(default_factory=dict)
 
     async def AttachGateway(  # noqa: N802
         self,
@@ -82,10 +84,6 @@ class ScriptedScheduler(mesh_pb2_grpc.SchedulerServicer):
                 task.cancel()
         self._streams.remove(events)
 
-    @property
-    def _running(self) -> dict[int, asyncio.Task[None]]:
-        return self.__dict__.setdefault("_tasks", {})
-
     def _state(self) -> mesh_pb2.MeshState:
         return mesh_pb2.MeshState(
             serving=self.serving,
@@ -109,6 +107,8 @@ class ScriptedScheduler(mesh_pb2_grpc.SchedulerServicer):
             elif kind == "abort":
                 self.aborts.append(message.abort.request)
                 self._running[message.abort.request].cancel()
+            elif kind == "heartbeat":
+                self.num_heartbeats += 1
         events.put_nowait(None)
 
     async def _run(
