@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,7 +27,7 @@ def reference(text: str, stops: list[str]) -> tuple[str, str | None]:
 def test_any_cut_gives_the_same(text: str, stops: list[str], cuts: list[int]) -> None:
     borders = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
     matcher = StopStrings(stops, include=False)
-    pieces = zip(borders, borders[1:], strict=False)
+    pieces = itertools.pairwise(borders)
     shown = "".join(matcher.push(text[a:b]) for a, b in pieces) + matcher.flush()
     assert (shown, matcher.matched) == reference(text, stops)
 
