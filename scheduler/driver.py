@@ -25,6 +25,7 @@ from scheduler.messages import (
     Command,
     Effect,
     EndSession,
+    FailOldestStep,
     OpenStream,
     RemovePipeline,
     RestartPipeline,
@@ -140,6 +141,8 @@ class Driver:
                 self.core.add_pipeline(facts, now_ns)
             case RestartPipeline(pipeline_id, epoch):
                 self.core.restart_epoch(pipeline_id, epoch, now_ns)
+            case FailOldestStep(pipeline_id, error):
+                self.core.fail_oldest_step(pipeline_id, error, now_ns)
             case RemovePipeline(pipeline_id):
                 self.core.remove_pipeline(pipeline_id, now_ns)
 

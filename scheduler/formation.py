@@ -13,7 +13,7 @@ from scheduler.messages import Effect, LoadSpan, ToWorker
 from scheduler.pipelines import MeshPipeline
 from scheduler.placement import StageCosts, partition, plan_stages
 from scheduler.workers import Worker
-from stagemesh.errors import PeerLost
+from stagemesh.errors import ModelMismatch, PeerLost
 from stagemesh.plan import ModelSummary, Span
 
 # A worker that comes with layers loaded is what is left of a mesh: its neighbours will come too.
@@ -162,3 +162,21 @@ def _best_free(workers: Collection[Worker], span: Span) -> Worker | None:
         if worker.is_free and (rank := worker.suits(span)) is not None
     ]
     return min(suiting)[-1] if suiting else None
+
+
+def other_block_sizes(pipeline: MeshPipeline) -> list[tuple[Worker, ModelMismatch]]:
+    """Members that cannot stay: blocks mean the same on every stage, and whoever came first says
+    how large they are."""
+    loaded = sorted((w for w in pipeline.members if w.loaded), key=lambda worker: worker.number)
+    sizes = [worker.loaded.block_size_tokens if worker.loaded else 0 for worker in loaded]
+    return [
+        (
+            worker,
+            ModelMismatch(
+                f"worker {worker.worker_id} has KV blocks of {size} tokens, worker "
+                f"{loaded[0].worker_id} of {sizes[0]}"
+            ),
+        )
+        for worker, size in zip(loaded, sizes, strict=True)
+        if size != sizes[0]
+    ]

@@ -8,20 +8,19 @@ batch of calls and at `wakeup_ns`. Knows no requests and no tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import count
 
 import structlog
 
 from scheduler.agreement import MeshModel
-from scheduler.core import PipelineFacts
-from scheduler.formation import Formation
+from scheduler.formation import Formation, other_block_sizes
+from scheduler.limits import MembershipLimits
 from scheduler.messages import AddPipeline, Effect, EndSession, LoadedSpan, Registration
 from scheduler.pipelines import MeshPipeline
 from scheduler.placement import check_num_stages, check_span
+from scheduler.roster import Roster
 from scheduler.workers import Worker, WorkerStats
 from stagemesh.errors import (
-    ModelMismatch,
     PeerLost,
     ProtocolError,
     StageMeshError,
@@ -31,22 +30,6 @@ from stagemesh.plan import Epoch, Span
 _REPORT_FAILURES = 3
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class MembershipLimits:
-    """`num_stages` 0: as many as workers register within `settle_ns` of each other.
-
-    `num_replicas` bounds the pipelines; 0: as many as can be made. `max_model_len` None: what the
-    model and the pipelines' blocks allow.
-    """
-
-    num_stages: int = 0
-    num_replicas: int = 0
-    settle_ns: int = 5_000_000_000
-    lease_ns: int = 2_000_000_000
-    join_timeout_ns: int = 30_000_000_000
-    max_model_len: int | None = None
 
 
 class Membership:
@@ -60,15 +43,14 @@ class Membership:
         self._formation = Formation(
             limits.num_stages, limits.num_replicas, limits.settle_ns, term, self._effects.append
         )
-        self._workers: dict[str, Worker] = {}
-        self._by_session: dict[int, Worker] = {}
+        self._roster = Roster(limits.lease_ns)
         self._numbers = count(1)
 
     # ---- what others ask -----------------------------------------------------------------------
 
     @property
     def workers(self) -> list[Worker]:
-        return sorted(self._workers.values(), key=lambda worker: worker.number)
+        return self._roster.workers
 
     @property
     def pipelines(self) -> list[MeshPipeline]:
@@ -94,10 +76,12 @@ class Membership:
 
     def wakeup_ns(self) -> int | None:
         """When `tick` must be called at the latest, if nothing else happens."""
-        times = [worker.heard_ns + self._limits.lease_ns for worker in self._workers.values()]
-        times += [at for p in self._formation.pipelines if (at := p.wakeup_ns()) is not None]
-        settled_ns = self._formation.wakeup_ns(self._workers.values())
-        return min(times if settled_ns is None else [*times, settled_ns], default=None)
+        times = [
+            self._roster.next_lease_end_ns(),
+            self._formation.wakeup_ns(self.workers),
+            *(pipeline.wakeup_ns() for pipeline in self._formation.pipelines),
+        ]
+        return min((at for at in times if at is not None), default=None)
 
     # ---- workers come and go -------------------------------------------------------------------
 
@@ -107,7 +91,7 @@ class Membership:
         Raises ModelMismatch or SpanError where it is of no use to this mesh; then it is no member.
         """
         self._check_usable(registration)
-        old = self._workers.get(registration.worker_id)
+        old = self._roster.named(registration.worker_id)
         if old is not None and old.registration.incarnation == registration.incarnation:
             self._reattach(old, session, registration, now_ns)
             return
@@ -115,52 +99,48 @@ class Membership:
             error = ProtocolError(f"another process registered as worker {old.worker_id}")
             self._remove(old, error, now_ns, refusal=error)
         worker = Worker(registration, session, now_ns, next(self._numbers), registration.loaded)
-        self._workers[worker.worker_id] = self._by_session[session] = worker
+        self._roster.add(worker)
         log.info("a worker registered", worker=worker.worker_id, address=registration.address)
         self._formation.worker_registered(worker, now_ns)
 
     def heard(self, session: int, now_ns: int, stats: WorkerStats | None = None) -> None:
         """Any message renews the lease."""
-        if worker := self._by_session.get(session):
+        if worker := self._roster.on(session):
             worker.heard_ns = now_ns
             worker.stats = stats or worker.stats
 
     def disconnected(self, session: int, now_ns: int) -> None:
         """The stream broke. The worker has until the end of its lease to come back."""
-        worker = self._by_session.pop(session, None)
+        worker = self._roster.on(session)
         if worker is None:
             return
-        worker.session = None
+        self._roster.detach(worker)
         log.warning("the stream of a worker broke", worker=worker.worker_id)
         if worker.pipeline is not None:
             lost = PeerLost(f"the stream of worker {worker.worker_id} broke")
             worker.pipeline.end_epoch(lost, now_ns)
 
     def goodbye(self, session: int, reason: str, now_ns: int) -> None:
-        if worker := self._by_session.get(session):
+        if worker := self._roster.on(session):
             log.info("a worker leaves", worker=worker.worker_id, reason=reason)
             self._remove(worker, PeerLost(f"worker {worker.worker_id} left: {reason}"), now_ns)
 
     # ---- loading -------------------------------------------------------------------------------
 
     def load_progress(self, session: int, loaded_bytes: int, total_bytes: int) -> None:
-        if worker := self._by_session.get(session):
+        if worker := self._roster.on(session):
             worker.load_fraction = min(1.0, loaded_bytes / max(1, total_bytes))
 
-    def span_loaded(self, session: int, loaded: LoadedSpan, now_ns: int) -> None:
-        worker = self._by_session.get(session)
+    def span_loaded(self, session: int, loaded: LoadedSpan) -> None:
+        worker = self._roster.on(session)
         if worker is None:
             return
         worker.loading, worker.loaded = None, loaded
         log.info("layers are loaded", worker=worker.worker_id, span=_text(loaded.span))
-        try:
-            self._check_blocks(worker, loaded)
-        except StageMeshError as error:
-            self._remove(worker, error, now_ns, refusal=error)
 
     def failed(self, session: int, error: StageMeshError, now_ns: int) -> None:
         """The worker cannot do what it was told; it is not asked again."""
-        worker = self._by_session.get(session)
+        worker = self._roster.on(session)
         if worker is None:
             return
         worker.loading, worker.error = None, error
@@ -171,7 +151,7 @@ class Membership:
     # ---- epochs --------------------------------------------------------------------------------
 
     def epoch_joined(self, session: int, pipeline_id: str, epoch: Epoch) -> None:
-        worker = self._by_session.get(session)
+        worker = self._roster.on(session)
         pipeline = self._current(pipeline_id, epoch)
         if worker is not None and pipeline is not None and worker.pipeline is pipeline:
             pipeline.worker_joined(worker)
@@ -187,7 +167,7 @@ class Membership:
         now_ns: int,
     ) -> None:
         """A worker saw the epoch end, through the neighbour at `peer_address` or by itself."""
-        worker = self._by_session.get(session)
+        worker = self._roster.on(session)
         pipeline = self._current(pipeline_id, epoch)
         if worker is None or pipeline is None or worker.pipeline is not pipeline:
             return
@@ -217,16 +197,17 @@ class Membership:
 
     def tick(self, now_ns: int) -> None:
         """Ends leases and joins that take too long, fills places, begins epochs."""
-        for worker in list(self._workers.values()):
-            if now_ns >= worker.heard_ns + self._limits.lease_ns:
-                lost = PeerLost(f"worker {worker.worker_id} was silent for too long")
-                log.warning("a worker is lost", worker=worker.worker_id, reason=str(lost))
-                self._remove(worker, lost, now_ns)
+        for worker in self._roster.silent(now_ns):
+            lost = PeerLost(f"worker {worker.worker_id} was silent for too long")
+            log.warning("a worker is lost", worker=worker.worker_id, reason=str(lost))
+            self._remove(worker, lost, now_ns)
         for pipeline in self._formation.pipelines:
             self._end_late_join(pipeline, now_ns)
         if self.model.summary is not None:
             self._formation.update(self.workers, self.model.summary, now_ns)
         for pipeline in self._formation.pipelines:
+            for worker, error in other_block_sizes(pipeline):
+                self._remove(worker, error, now_ns, refusal=error)
             pipeline.advance(now_ns, self._limits.join_timeout_ns)
 
     # ---- inside --------------------------------------------------------------------------------
@@ -238,27 +219,16 @@ class Membership:
         check_num_stages(self._limits.num_stages, num_layers)
         self.model.admit(registration)
 
-    def _check_blocks(self, worker: Worker, loaded: LoadedSpan) -> None:
-        for other in worker.pipeline.members if worker.pipeline else ():
-            size = other.loaded.block_size_tokens if other.loaded else loaded.block_size_tokens
-            if size != loaded.block_size_tokens:
-                raise ModelMismatch(
-                    f"worker {worker.worker_id} has KV blocks of {loaded.block_size_tokens} "
-                    f"tokens, worker {other.worker_id} of {size}"
-                )
-
     def _reattach(
         self, worker: Worker, session: int, registration: Registration, now_ns: int
     ) -> None:
         """The same process on a new stream: what it holds is what it says."""
         if worker.session is not None:
-            old = worker.session
-            self.disconnected(old, now_ns)
-            self._effects.append(EndSession(old))
-        worker.registration, worker.session = registration, session
-        worker.heard_ns = now_ns
+            self._effects.append(EndSession(worker.session))
+            self.disconnected(worker.session, now_ns)
+        self._roster.attach(worker, session)
+        worker.registration, worker.heard_ns = registration, now_ns
         worker.loaded, worker.loading = registration.loaded, None
-        self._by_session[session] = worker
         log.info("a worker is back", worker=worker.worker_id)
 
     def _remove(
@@ -271,12 +241,10 @@ class Membership:
     ) -> None:
         if worker.pipeline is not None:
             worker.pipeline.vacate(worker, reason, now_ns)
-        if worker.session is not None:
-            del self._by_session[worker.session]
-            self._effects.append(EndSession(worker.session, refusal))
-            worker.session = None
-        del self._workers[worker.worker_id]
-        if not self._workers:
+        session = self._roster.remove(worker)
+        if session is not None:
+            self._effects.append(EndSession(session, refusal))
+        if not self._roster.workers:
             self.model.all_workers_left()
 
     def _current(self, pipeline_id: str, epoch: Epoch) -> MeshPipeline | None:
@@ -289,21 +257,8 @@ class Membership:
             return
         self.model.pin()
         if pipeline.serve():
-            self._effects.append(AddPipeline(self._facts(pipeline)))
+            self._effects.append(AddPipeline(pipeline.facts(self.model, self.max_model_len)))
         log.info("a pipeline serves", pipeline=pipeline.pipeline_id, n=pipeline.epoch.n)
-
-    def _facts(self, pipeline: MeshPipeline) -> PipelineFacts:
-        assert self.model.summary is not None
-        return PipelineFacts(
-            pipeline_id=pipeline.pipeline_id,
-            epoch=pipeline.epoch,
-            num_stages=pipeline.num_stages,
-            num_blocks=pipeline.num_blocks,
-            block_size_tokens=pipeline.block_size_tokens,
-            max_model_len=self.max_model_len,
-            model_identity=self.model.identity,
-            dynamic_rope_length=self.model.summary.dynamic_rope_length,
-        )
 
     def _end_late_join(self, pipeline: MeshPipeline, now_ns: int) -> None:
         if not pipeline.is_late(now_ns):

@@ -117,6 +117,14 @@ class RestartPipeline:
 
 
 @dataclass(frozen=True, slots=True)
+class FailOldestStep:
+    """One epoch after another ended with the same step undone: its requests end with `error`."""
+
+    pipeline_id: str
+    error: StageMeshError
+
+
+@dataclass(frozen=True, slots=True)
 class RemovePipeline:
     """The KV of the pipeline is gone, or a part of it."""
 
@@ -130,5 +138,6 @@ Effect = (
     | CloseStream
     | AddPipeline
     | RestartPipeline
+    | FailOldestStep
     | RemovePipeline
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from scheduler.core import SchedulerLimits
-from scheduler.membership import MembershipLimits
+from scheduler.limits import MembershipLimits
 from stagemesh.addresses import split_address
 from stagemesh.errors import ConfigError
 from stagemesh.option_values import Kind

@@ -12,9 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from enum import Enum
 
+from scheduler.agreement import MeshModel
+from scheduler.core import PipelineFacts
 from scheduler.messages import (
     CloseStream,
     Effect,
+    FailOldestStep,
     JoinEpoch,
     LeaveEpoch,
     LoadedSpan,
@@ -24,13 +27,13 @@ from scheduler.messages import (
     ToWorker,
 )
 from scheduler.workers import Worker
-from stagemesh.errors import StageMeshError
+from stagemesh.errors import InternalError, PeerLost, StageMeshError, StaleEpoch
 from stagemesh.plan import Epoch, Span
 
 _FIRST_BACKOFF_NS = 50_000_000
 _MAX_BACKOFF_NS = 5_000_000_000
-# Epochs in a row without a step done, after which KV is no longer trusted.
-_MAX_FAILURES_WITH_KV = 2
+# Epochs in a row without a step done, after which neither KV nor the step is trusted.
+_MAX_FAILURES = 2
 
 _Owner = tuple[str, int, LoadedSpan | None]
 
@@ -92,6 +95,19 @@ class MeshPipeline:
             and worker.session is not None
             and worker.loading is None
             and worker.holds(self.spans[stage])
+        )
+
+    def facts(self, model: MeshModel, max_model_len: int) -> PipelineFacts:
+        assert model.summary is not None
+        return PipelineFacts(
+            pipeline_id=self.pipeline_id,
+            epoch=self.epoch,
+            num_stages=self.num_stages,
+            num_blocks=self.num_blocks,
+            block_size_tokens=self.block_size_tokens,
+            max_model_len=max_model_len,
+            model_identity=model.identity,
+            dynamic_rope_length=model.summary.dynamic_rope_length,
         )
 
     def is_current(self, epoch: Epoch) -> bool:
@@ -180,15 +196,18 @@ class MeshPipeline:
         """Nothing more is done in the epoch; the next one begins after a while that grows."""
         if self.phase is Phase.IDLE:
             return
+        was_serving, self.phase = self.is_serving, Phase.IDLE
         self.last_error = error
-        self.phase = Phase.IDLE
         for worker in self.members:
             self._tell(worker, LeaveEpoch(self.pipeline_id, self.epoch))
         self._emit(CloseStream(self.pipeline_id, self.epoch))
         backoff_ns = _FIRST_BACKOFF_NS << min(self.num_failures, 10)
         self._retry_ns = now_ns + min(_MAX_BACKOFF_NS, backoff_ns)
         self.num_failures += 1
-        if self.num_failures > _MAX_FAILURES_WITH_KV:
+        if self.num_failures > _MAX_FAILURES:
+            if was_serving and not isinstance(error, PeerLost | StaleEpoch):
+                undone = InternalError(f"the mesh could not execute the request: {error}")
+                self._emit(FailOldestStep(self.pipeline_id, undone))
             self.drop_kv()
 
     def step_done(self) -> None:

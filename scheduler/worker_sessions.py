@@ -101,7 +101,7 @@ class WorkerSessions:
                 progress = message.load_progress
                 members.load_progress(session, progress.loaded_bytes, progress.total_bytes)
             elif kind == "span_loaded":
-                members.span_loaded(session, loaded_from_proto(message.span_loaded), now_ns)
+                members.span_loaded(session, loaded_from_proto(message.span_loaded))
             elif kind == "failed":
                 members.failed(session, wire.error_from_proto(message.failed), now_ns)
             elif kind == "goodbye":

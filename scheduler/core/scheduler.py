@@ -100,6 +100,15 @@ class SchedulerCore:
         self._now_ns = now_ns
         self._pipelines[pipeline_id].restart(epoch)
 
+    def fail_oldest_step(self, pipeline_id: str, error: StageMeshError, now_ns: int) -> None:
+        """Ends the requests of a step that no epoch gets done, so that the others can go on."""
+        self._now_ns = now_ns
+        pipeline = self._pipelines.get(pipeline_id)
+        for step in list(pipeline.in_flight)[:1] if pipeline else []:
+            for row in step.rows:
+                if row.is_current:
+                    self._end(row.sequence, EndReason.ERROR, error)
+
     # ---- steps ---------------------------------------------------------------------------------
 
     def schedule(self, now_ns: int) -> list[Step]:

@@ -134,6 +134,20 @@ async def test_a_step_that_fails_is_tried_again() -> None:
         assert len(mesh.workers["w0"].epochs) == 2
 
 
+async def test_a_request_that_no_stage_can_execute_ends_and_the_others_go_on() -> None:
+    async with pretend_mesh() as mesh:
+        gateway = await mesh.gateway()
+        mesh.workers["w1"].fails_on_sequences_of = 13
+        await gateway.submit(1, prompt_of(1, 13), 20)
+        await gateway.wait_finished(1)
+        assert gateway.finished[1].error.code == "internal"
+        assert "cannot be executed" in gateway.finished[1].error.message
+        await gateway.submit(2, prompt_of(2, 12), 20)
+        await gateway.wait_finished(2)
+        gateway.check(2)
+        await mesh.wait_idle()
+
+
 async def test_requests_wait_for_a_mesh_that_is_not_there_yet() -> None:
     async with pretend_mesh(0, num_stages=2) as mesh:
         gateway = await mesh.gateway()
@@ -143,7 +157,7 @@ async def test_requests_wait_for_a_mesh_that_is_not_there_yet() -> None:
         await gateway.wait_finished(1)
         gateway.check(1)
         status = await mesh.status()
-        assert [(w.span.start, w.span.end) for w in status.workers] == [(0, 3), (3, 4)]
+        assert sorted((w.span.start, w.span.end) for w in status.workers) == [(0, 3), (3, 4)]
 
 
 async def test_replicas_share_the_queue() -> None:

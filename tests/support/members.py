@@ -7,12 +7,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from scheduler.core import PipelineFacts
-from scheduler.membership import Membership, MembershipLimits
+from scheduler.limits import MembershipLimits
+from scheduler.membership import Membership
 from scheduler.messages import (
     AddPipeline,
     CloseStream,
     Effect,
     EndSession,
+    FailOldestStep,
     JoinEpoch,
     LeaveEpoch,
     LoadedSpan,
@@ -79,6 +81,7 @@ class FakeMesh:
         self.workers: dict[str, FakeWorker] = {}
         self.core: dict[str, PipelineFacts] = {}
         self.restarts: list[str] = []
+        self.failed_steps: list[str] = []
         self.ended: dict[int, str | None] = {}
         self.streams_open = True
         self._open: set[tuple[str, object]] = set()
@@ -169,6 +172,9 @@ class FakeMesh:
                 assert epoch > self.core[pipeline_id].epoch
                 self.core[pipeline_id] = replace(self.core[pipeline_id], epoch=epoch)
                 self.restarts.append(pipeline_id)
+            case FailOldestStep(pipeline_id, _):
+                assert pipeline_id in self.core
+                self.failed_steps.append(pipeline_id)
             case RemovePipeline(pipeline_id):
                 del self.core[pipeline_id]
 
@@ -184,7 +190,7 @@ class FakeMesh:
 
     def finish_load(self, worker: FakeWorker, span: Span) -> None:
         worker.loaded = LoadedSpan(span, worker.num_blocks, worker.block_size_tokens)
-        self.members.span_loaded(worker.session, worker.loaded, self.now_ns)
+        self.members.span_loaded(worker.session, worker.loaded)
 
     # ---- what came of it -----------------------------------------------------------------------
 

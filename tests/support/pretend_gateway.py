@@ -53,7 +53,7 @@ class PretendGateway:
     async def submit(
         self, number: int, prompt: tuple[int, ...], max_tokens: int, **fields: Any
     ) -> None:
-        spec = SamplingSpec(seed=number)
+        spec = fields.pop("spec", SamplingSpec(seed=number))
         self.prompts[number] = (prompt, spec, max_tokens)
         submit = mesh_pb2.SubmitRequest(
             request=number,

@@ -17,7 +17,7 @@ from simulation.pretend_model import NUM_LAYERS, VOCAB_SIZE
 
 from protos import mesh_pb2, mesh_pb2_grpc
 from stagemesh import wire
-from stagemesh.errors import PeerLost, StageMeshError, StaleEpoch
+from stagemesh.errors import InternalError, PeerLost, StageMeshError, StaleEpoch
 from stagemesh.plan import HopTiming, ModelSummary, Row, Span, StepResult
 from stagemesh.rpc import RpcServer, make_channel
 from stagemesh.transport import (
@@ -81,6 +81,7 @@ class PretendWorker:
         self.refusal: StageMeshError | None = None
         self.num_steps = 0
         self.fail_next_step: StageMeshError | None = None
+        self.fails_on_sequences_of = 0  # tokens of prompt
         self._shape = shape or Shape()
         self._scheduler = scheduler
         self._incarnation = incarnation
@@ -249,6 +250,10 @@ class PretendWorker:
             raise StaleEpoch("the epoch is over")
         if self.fail_next_step is not None:
             error, self.fail_next_step = self.fail_next_step, None
+            self._report_broken(join, error, "")
+            raise error
+        if any(len(row.token_ids) == self.fails_on_sequences_of for row in message.step.rows):
+            error = InternalError("the row cannot be executed")
             self._report_broken(join, error, "")
             raise error
         self.num_steps += 1

@@ -443,6 +443,7 @@ def test_a_failing_step_is_tried_again_with_growing_pauses_and_at_last_without_k
     assert pauses_ns == sorted(pauses_ns)
     assert pauses_ns[-1] >= 4 * pauses_ns[0]
     assert mesh.restarts == ["p0"] * 2
+    assert mesh.failed_steps == ["p0"] * 3
     assert mesh.members.workers[1].num_failures == 5
     assert mesh.members.workers[0].num_failures == 0
     mesh.members.step_done("p0")
