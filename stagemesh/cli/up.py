@@ -9,6 +9,7 @@ import signal
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
+from stagemesh.cli.client import GATEWAY, SCHEDULER
 from stagemesh.cli.local_mesh import Endpoints, LocalMesh
 from stagemesh.cli.up_options import UpOptions
 from stagemesh.cli.up_view import UpView
@@ -100,7 +101,8 @@ def _announce(options: UpOptions, endpoints: Endpoints) -> None:
 def _welcome(options: UpOptions, endpoints: Endpoints) -> str:
     stages = "1 stage" if options.stages == 1 else f"{options.stages} stages"
     replicas = "" if options.replicas == 1 else f", {options.replicas} replicas"
-    target = "" if endpoints.grpc.endswith(":50051") else f" --target {endpoints.grpc}"
+    target = "" if endpoints.grpc == GATEWAY else f" --target {endpoints.grpc}"
+    scheduler = "" if endpoints.scheduler == SCHEDULER else f" --scheduler {endpoints.scheduler}"
     return "\n".join(
         [
             "",
@@ -111,6 +113,7 @@ def _welcome(options: UpOptions, endpoints: Endpoints) -> str:
             *endpoints.worker_lines(),
             "",
             f'Try        stagemesh generate "Once upon a time"{target}',
+            f"Watch it   stagemesh status --watch{scheduler}",
             "Stop it    Ctrl-C",
             "",
         ]

@@ -166,13 +166,22 @@ def test_health(mesh: Mesh) -> None:
         assert done.returncode == 0, f"{process['role']}: {done.stderr}"
 
 
-def test_a_port_in_use_is_one_sentence(mesh: Mesh, tmp_path: Path) -> None:
-    port = mesh.ready["grpc"].rsplit(":", 1)[1]
-    done = stagemesh("up", *free_ports(tmp_path / "ready"), "--grpc-port", port)
+@pytest.mark.parametrize(
+    ("flag", "taken", "role"),
+    [
+        ("--grpc-port", "grpc", "gateway"),
+        ("--http-port", "http", "gateway"),
+        ("--scheduler-port", "scheduler", "scheduler"),
+    ],
+)
+def test_a_port_in_use_is_one_sentence(
+    mesh: Mesh, tmp_path: Path, flag: str, taken: str, role: str
+) -> None:
+    port = mesh.ready[taken].rsplit(":", 1)[1]
+    done = stagemesh("up", *free_ports(tmp_path / "ready"), flag, port)
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("stagemesh up: gateway: ")
-    assert f":{port} is in use" in last
+    assert last == f"stagemesh up: {role}: 127.0.0.1:{port} is in use by another process"
 
 
 def test_ctrl_c_leaves_no_process_and_no_ready_file(tmp_path: Path) -> None:
