@@ -97,8 +97,6 @@ class ControlStream:
             call: _Call = stub.AttachWorker()
             try:
                 welcome = await self._register(call)
-                self._backoff.reset()
-                self._last_reason = ""
                 await self._serve(call, welcome)
             finally:
                 call.cancel()
@@ -166,6 +164,8 @@ class ControlStream:
     async def _heartbeat(self, interval_s: float) -> None:
         while True:
             await asyncio.sleep(max(0.01, interval_s))
+            self._backoff.reset()  # only now: a stream that breaks at once is no success
+            self._last_reason = ""
             if self._outbox is not None and self._outbox.empty():
                 heartbeat = mesh_pb2.WorkerHeartbeat(stats=self._worker.stats())
                 self.send(mesh_pb2.WorkerMessage(heartbeat=heartbeat))

@@ -71,6 +71,7 @@ class EpochMember:
         self.held = held
         self.accepting = False
         self.has_incoming = False
+        self.joined = False
         self._device = device
         self._stats = stats
         self._own_address = own_address
@@ -137,6 +138,7 @@ class EpochMember:
         if stream is None:
             return
         try:
+            self.joined = True
             self._reports.joined(self.place)
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._forward(stream))

@@ -47,6 +47,12 @@ class Membership:
         self._num_early = 0
         self._changed = asyncio.Event()
 
+    @property
+    def in_epoch(self) -> bool:
+        """Whether steps can be executed: an epoch is joined and has not ended."""
+        member = self._current
+        return member is not None and member.joined and not member.ended
+
     def follow_term(self, term: int) -> None:
         """Raises StaleEpoch for a scheduler that was replaced by one this worker has met."""
         if term < self._term:

@@ -52,10 +52,10 @@ class Worker:
 
     def __init__(self, scheduler: str, parts: Parts, on_health: OnHealth) -> None:
         self._identity = mesh_pb2.RegisterWorker()
+        self._scheduler = scheduler
         self._parts = parts
         self._on_health = on_health
         self._attached = False
-        self._in_epoch = False
         self._load_order = asyncio.Lock()
         self._loading: Span | None = None
         self._loads: set[asyncio.Task[None]] = set()
@@ -91,24 +91,26 @@ class Worker:
 
     def attached(self, welcome: mesh_pb2.WelcomeWorker) -> None:
         self.membership.follow_term(welcome.term)
-        self._set_health(attached=True)
+        self._attached = True
+        self._tell_health()
         log.info("attached to the scheduler", term=welcome.term)
 
     def detached(self) -> None:
         """The scheduler takes the worker for lost, so its epoch is over; what it holds it keeps."""
-        self._set_health(attached=False, in_epoch=False)
+        self._attached = False
         self.membership.leave()
+        self._tell_health()
 
     def command(self, command: mesh_pb2.WorkerCommand) -> None:
         kind = command.WhichOneof("command")
         if kind == "load_span":
             self._start_load(span_from_proto(command.load_span.span))
         elif kind == "join_epoch":
-            self.membership.join(_place(command.join_epoch), self._parts.holder.held)
+            self.membership.join(self._place(command.join_epoch), self._parts.holder.held)
         elif kind == "leave_epoch":
             leave = command.leave_epoch
-            self._set_health(in_epoch=False)
             self.membership.leave(leave.pipeline_id, epoch_from_proto(leave.epoch))
+            self._tell_health()
         else:
             log.warning("a command of the scheduler is not known here", kind=kind)
 
@@ -116,7 +118,7 @@ class Worker:
 
     def joined(self, place: Place) -> None:
         log.info("joined", pipeline=place.pipeline_id, epoch=str(place.epoch), stage=place.stage)
-        self._set_health(in_epoch=True)
+        self._tell_health()
         joined = mesh_pb2.EpochJoined(
             pipeline_id=place.pipeline_id, epoch=epoch_to_proto(place.epoch)
         )
@@ -124,7 +126,7 @@ class Worker:
 
     def broken(self, place: Place, error: StageMeshError, peer_address: str) -> None:
         log.warning("epoch broken", epoch=str(place.epoch), reason=str(error), peer=peer_address)
-        self._set_health(in_epoch=False)
+        self._tell_health()
         broken = mesh_pb2.EpochBroken(
             pipeline_id=place.pipeline_id,
             epoch=epoch_to_proto(place.epoch),
@@ -177,22 +179,20 @@ class Worker:
 
         return report
 
-    def _set_health(self, *, attached: bool | None = None, in_epoch: bool | None = None) -> None:
-        self._attached = self._attached if attached is None else attached
-        self._in_epoch = self._in_epoch if in_epoch is None else in_epoch
-        self._on_health(self._attached, self._in_epoch)
+    def _place(self, message: mesh_pb2.JoinEpoch) -> Place:
+        return Place(
+            pipeline_id=message.pipeline_id,
+            epoch=epoch_from_proto(message.epoch),
+            stage=message.stage,
+            num_stages=message.num_stages,
+            # A scheduler that leaves it open is pushed to where it was dialled.
+            next_address=message.next_address or self._scheduler,
+            num_blocks=message.num_blocks,
+            keep_kv=message.keep_kv,
+        )
 
-
-def _place(message: mesh_pb2.JoinEpoch) -> Place:
-    return Place(
-        pipeline_id=message.pipeline_id,
-        epoch=epoch_from_proto(message.epoch),
-        stage=message.stage,
-        num_stages=message.num_stages,
-        next_address=message.next_address,
-        num_blocks=message.num_blocks,
-        keep_kv=message.keep_kv,
-    )
+    def _tell_health(self) -> None:
+        self._on_health(self._attached, self._attached and self.membership.in_epoch)
 
 
 def _span_loaded(held: HeldSpan) -> mesh_pb2.SpanLoaded:
