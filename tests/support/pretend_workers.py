@@ -80,6 +80,7 @@ class PretendWorker:
         self.epochs: list[mesh_pb2.JoinEpoch] = []
         self.refusal: StageMeshError | None = None
         self.num_steps = 0
+        self.num_loads = 0
         self.fail_next_step: StageMeshError | None = None
         self.fails_on_sequences_of = 0  # tokens of prompt
         self._shape = shape or Shape()
@@ -177,6 +178,7 @@ class PretendWorker:
 
     def _load(self, span: Span) -> None:
         shape = self._shape
+        self.num_loads += 1
         self._stage = FakeStage(
             span.start,
             range(span.start, span.end),
