@@ -20,6 +20,7 @@ from collections.abc import Mapping, MutableMapping
 FD_VARIABLE = "STAGEMESH_SUPERVISOR_FD"
 # A child that was orphaned and does not end by itself is ended after this.
 ORPHAN_GRACE_S = 5.0
+MAX_MESSAGE_CHARS = 4000
 _PR_SET_PDEATHSIG = 1
 
 
@@ -52,7 +53,7 @@ class Supervisor:
         self._send({"ready": dict(facts)})
 
     def report_failed(self, code: str, message: str) -> None:
-        self._send({"failed": {"code": code, "message": message}})
+        self._send({"failed": {"code": code, "message": message[:MAX_MESSAGE_CHARS]}})
 
     def _send(self, message: Mapping[str, object]) -> None:
         with contextlib.suppress(OSError):  # gone: the watcher sees to that

@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 import psutil
 import pytest
-from support.mesh import Mesh, greedy_request, running_mesh, wait_until
+from support.mesh import Mesh, collect, greedy_request, running_mesh, wait_until
 from support.paths import DEMO_MODEL
 
 from protos import text_generation_pb2 as pb
@@ -184,10 +184,17 @@ def test_a_port_in_use_is_one_sentence(
     assert last == f"stagemesh up: {role}: 127.0.0.1:{port} is in use by another process"
 
 
-def test_ctrl_c_leaves_no_process_and_no_ready_file(tmp_path: Path) -> None:
+def test_ctrl_c_lets_requests_end_and_leaves_nothing(tmp_path: Path) -> None:
     ready_file = tmp_path / "ready.json"
-    with started("--stages", "1", ready_file=ready_file) as (up, ready):
+    with (
+        started("--stages", "1", "--drain-timeout", "60s", ready_file=ready_file) as (up, ready),
+        grpc.insecure_channel(ready["grpc"]) as channel,
+    ):
+        request = greedy_request("Once upon a time", 200, ignore_eos=True)
+        stream = pb_grpc.TextGenerationStub(channel).Generate(request, timeout=TIMEOUT_S)
+        first = next(stream)
         up.send_signal(signal.SIGINT)
+        assert len(collect([first, *stream]).token_ids) == 200
         output, _ = up.communicate(timeout=30)
         assert up.returncode == 0, output
         assert f"gRPC       {ready['grpc']}" in output
