@@ -104,10 +104,11 @@ class SchedulerCore:
         """Ends the requests of a step that no epoch gets done, so that the others can go on."""
         self._now_ns = now_ns
         pipeline = self._pipelines.get(pipeline_id)
-        for step in list(pipeline.in_flight)[:1] if pipeline else []:
-            for row in step.rows:
-                if row.is_current:
-                    self._end(row.sequence, EndReason.ERROR, error)
+        if pipeline is None or not pipeline.in_flight:
+            return
+        for row in pipeline.in_flight[0].rows:
+            if row.is_current:
+                self._end(row.sequence, EndReason.ERROR, error)
 
     # ---- steps ---------------------------------------------------------------------------------
 

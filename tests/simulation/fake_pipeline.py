@@ -96,6 +96,8 @@ class FakePipeline:
         if self._is_connected:
             return
         if keep_kv:
+            if self._world.random.random() < self._world.scenario.faults.given_up:
+                self._world.fail_oldest_step(self._pipeline_id)
             self._join(keep_kv=True)
             self._world.core.restart_epoch(self._pipeline_id, self._epoch, self._world.now_ns)
             return

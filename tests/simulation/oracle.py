@@ -12,6 +12,7 @@ from stagemesh.errors import (
     ContextLengthExceeded,
     MeshUnavailable,
     NotFiniteError,
+    PeerLost,
     RequestDeadlineExceeded,
 )
 
@@ -50,6 +51,7 @@ class Oracle:
         # Lengths at which a context may have ended, and what there is now.
         self.capacities_ever: set[int] = set()
         self.max_capacity = 0
+        self.may_fail = False  # while a step is given up with all its requests
 
     def arrived(self, arrival: Arrival) -> None:
         request = arrival.request
@@ -159,4 +161,4 @@ class Oracle:
             return stream.poison is not None and stream.num_tokens - 1 <= stream.poison
         if isinstance(event.error, ContextLengthExceeded | MeshUnavailable):
             return stream.num_tokens >= self.max_capacity > 0
-        return False
+        return self.may_fail and isinstance(event.error, PeerLost)

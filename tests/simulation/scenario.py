@@ -36,11 +36,13 @@ class PipelineShape:
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """Probabilities: per result lost, per result doubled; and the mean time between breaks."""
+    """Probabilities: a result is lost, or doubled, a broken step is given up; and the mean time
+    between breaks."""
 
     lost: float
     doubled: float
     mean_break_ns: int | None
+    given_up: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,7 @@ def _faults(random: Random) -> Faults:
         lost=random.choice((0.0, 0.02)),
         doubled=random.choice((0.0, 0.1)),
         mean_break_ns=random.choice((None, 20 * MS, 100 * MS)),
+        given_up=random.choice((0.0, 0.0, 0.2)),
     )
 
 

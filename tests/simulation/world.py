@@ -17,7 +17,7 @@ from simulation.oracle import Oracle, Violation
 from simulation.scenario import MS, Arrival, Scenario, draw
 
 from scheduler.core import Finished, RequestKey, SchedulerCore
-from stagemesh.errors import ContextLengthExceeded, QueueFull, StepOutOfOrder
+from stagemesh.errors import ContextLengthExceeded, PeerLost, QueueFull, StepOutOfOrder
 from stagemesh.plan import StepResult
 
 _MAX_EVENTS = 100_000
@@ -178,6 +178,14 @@ class World:
                 raise Violation(f"a result in order was refused: {error}") from error
             self.num_wrong_orders += 1
             pipeline.break_epoch()
+
+    def fail_oldest_step(self, pipeline_id: str) -> None:
+        """As a driver does with a step that breaks every epoch."""
+        self.say(f"fails  {pipeline_id}: oldest step")
+        self.oracle.may_fail = True
+        self.core.fail_oldest_step(pipeline_id, PeerLost("a step breaks its epochs"), self.now_ns)
+        self.take_events()
+        self.oracle.may_fail = False
 
     def pipelines_changed(self) -> None:
         present = [p.shape.capacity for p in self.pipelines.values() if p.is_known_to_core]

@@ -7,7 +7,7 @@ from support.core import Drive, answer, core_with, facts, request
 
 from scheduler.core import SchedulerLimits
 from scheduler.core.budgets import TokenBudget
-from stagemesh.errors import ProtocolError, StepOutOfOrder
+from stagemesh.errors import PeerLost, ProtocolError, StepOutOfOrder
 from stagemesh.plan import Epoch, HopTiming, RowResult, Step, StepResult
 from stagemesh.sampling import SamplingSpec
 
@@ -315,6 +315,21 @@ def test_what_a_lost_step_was_to_forget_is_said_again() -> None:
     (again,) = drive.plan()
     assert step.forget == again.forget
     assert again.rows == ()
+
+
+def test_a_step_that_is_given_up_ends_its_requests_only() -> None:
+    core = core_with(facts(num_stages=2))
+    for number in range(2):
+        core.submit(request(number), 0)
+    drive = Drive(core)
+    assert [list(spans(step)) for step in drive.plan()] == [[1], [2]]
+    core.fail_oldest_step("p", PeerLost("it kills workers"), 0)
+    core.fail_oldest_step("gone", PeerLost("it kills workers"), 0)
+    core.restart_epoch("p", Epoch(1, 2), 0)
+    drive.in_flight.clear()
+    drive.finish()
+    assert isinstance(drive.ended()[0].error, PeerLost)
+    assert len(drive.output(1)) == 4
 
 
 def test_requests_of_a_lost_pipeline_go_on_elsewhere_in_their_order() -> None:
