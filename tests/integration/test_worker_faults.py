@@ -1,0 +1,124 @@
+"""What is wrong with a model, an option or an address ends a worker with a clear error."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.paths import DEMO_MODEL
+from support.worker_links import (
+    failure,
+    link_scheduler,
+    local_worker,
+    worker_process,
+)
+
+from stagemesh.errors import CheckpointError, ModelMismatch, SpanError
+from stagemesh.plan import Span
+
+NUM_LAYERS = 6
+
+
+async def test_a_worker_that_is_refused_for_good_ends_and_says_why() -> None:
+    async with link_scheduler() as scheduler:
+        scheduler.refusal = ModelMismatch("layer.3 differs from what the mesh serves")
+        async with local_worker(DEMO_MODEL, scheduler.address) as worker:
+            error = await failure(worker)
+    assert isinstance(error, ModelMismatch)
+    assert "layer.3 differs" in str(error)
+
+
+async def test_a_port_in_use_is_named() -> None:
+    async with (
+        link_scheduler() as scheduler,
+        worker_process(DEMO_MODEL, scheduler.address, "--listen", scheduler.address) as worker,
+    ):
+        assert await worker.wait() == 1
+        assert f"{scheduler.address} is in use" in worker.output()
+
+
+def truncate(model: Path) -> None:
+    weights = model / "model.safetensors"
+    with weights.open("r+b") as file:
+        file.truncate(weights.stat().st_size // 2)
+
+
+def remove_weights(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+
+
+def change_architecture(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    config["architectures"] = ["MambaForCausalLM"]
+    (model / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [(truncate, "model.safetensors"), (remove_weights, "files are missing")],
+)
+async def test_a_damaged_model_ends_the_worker(
+    damage: Callable[[Path], None], complaint: str, tmp_path: Path
+) -> None:
+    model = demo_copy(tmp_path)
+    damage(model)
+    async with link_scheduler() as scheduler, local_worker(model, scheduler.address) as worker:
+        error = await failure(worker)
+    assert isinstance(error, CheckpointError)
+    assert complaint in str(error)
+
+
+async def test_a_model_damaged_after_the_worker_registered_is_reported(tmp_path: Path) -> None:
+    model = demo_copy(tmp_path)
+    async with link_scheduler() as scheduler, local_worker(model, scheduler.address) as worker:
+        link = await scheduler.worker()
+        truncate(model)
+        link.start_load(0, NUM_LAYERS)
+        assert (await link.expect("failed")).code == "checkpoint"
+        assert isinstance(await failure(worker), CheckpointError)
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint", "code"),
+    [
+        ((), "MambaForCausalLM", 1),
+        (("--layers", "4:9"), "MambaForCausalLM", 1),
+        (("--block-size", "0"), "--block-size", 2),
+        (("--lairs", "0:1"), "--layers", 2),
+    ],
+    ids=["architecture", "both", "option", "unknown option"],
+)
+async def test_what_is_wrong_from_the_start_is_one_line_and_an_exit_code(
+    flags: tuple[str, ...], complaint: str, code: int, tmp_path: Path
+) -> None:
+    model = demo_copy(tmp_path)
+    change_architecture(model)
+    async with worker_process(model, "127.0.0.1:1", *flags) as worker:
+        assert await worker.wait() == code
+        assert complaint in worker.output()
+        assert len(worker.output().splitlines()) == 1
+
+
+def demo_copy(directory: Path) -> Path:
+    copied = directory / "model"
+    shutil.copytree(DEMO_MODEL, copied, ignore=shutil.ignore_patterns(".*"))
+    return copied
+
+
+async def test_a_fixed_span_outside_the_model_ends_the_worker() -> None:
+    async with local_worker(DEMO_MODEL, "127.0.0.1:1", layers=Span(4, 9)) as worker:
+        error = await failure(worker)
+    assert isinstance(error, SpanError)
+    assert "4:9" in str(error)
+
+
+async def test_a_span_outside_the_model_is_reported_and_survived() -> None:
+    async with link_scheduler() as scheduler, local_worker(DEMO_MODEL, scheduler.address):
+        link = await scheduler.worker()
+        link.start_load(3, 99)
+        failed = await link.expect("failed")
+        assert failed.code == "span"
+        await link.load(3, NUM_LAYERS)
