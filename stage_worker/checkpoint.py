@@ -88,7 +88,7 @@ class Checkpoint:
 
 def _read_index(model_dir: Path) -> dict[str, str] | None:
     path = model_dir / INDEX
-    if not path.exists():
+    if (model_dir / SINGLE).exists() or not path.exists():
         return None
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]

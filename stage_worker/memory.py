@@ -41,10 +41,16 @@ def _machine_bytes() -> int:
 
 
 def _cgroup_bytes() -> int:
-    """What the process's own control group (v2, as containers see it) leaves."""
+    """What the process's own control group (v2, as containers see it) leaves.
+
+    Pages of files, such as those of the model, count as used there but make room when asked to.
+    """
     try:
         limit = (_CGROUP / "memory.max").read_text().strip()
         used = int((_CGROUP / "memory.current").read_text())
+        lines = (_CGROUP / "memory.stat").read_text().splitlines()
     except (OSError, ValueError):
         return 2**62
+    stat = dict(line.split(maxsplit=1) for line in lines if " " in line)
+    used -= sum(int(stat.get(key, 0)) for key in ("active_file", "inactive_file"))
     return 2**62 if limit == "max" else max(0, int(limit) - used)

@@ -18,8 +18,10 @@ def wishes(cases: list[dict[str, Any]]) -> list[Wish]:
     return [Wish(case["prompt_ids"], REFERENCE["max_new_tokens"]) for case in cases]
 
 
-@pytest.mark.parametrize("batch_invariant", [False, True], ids=["fast", "invariant"])
-@pytest.mark.parametrize("num_stages", [1, 2, 3, 5])
+@pytest.mark.parametrize(
+    ("num_stages", "batch_invariant"),
+    [(1, False), (2, False), (3, False), (5, False), (1, True), (3, True)],
+)
 def test_all_cases_at_once(num_stages: int, batch_invariant: bool) -> None:
     chain = Chain(MODEL, num_stages, batch_invariant=batch_invariant, num_blocks=1024)
     for chunk in (None, 7):
@@ -35,8 +37,8 @@ def test_all_cases_at_once(num_stages: int, batch_invariant: bool) -> None:
 @pytest.mark.parametrize("num_stages", [1, 3])
 def test_one_case_at_a_time(num_stages: int) -> None:
     chain = Chain(MODEL, num_stages)
-    lives = chain.run(wishes(CASES[::3]), chunk=7 if num_stages == 3 else None, max_rows=1)
-    for case, live in zip(CASES[::3], lives, strict=True):
+    lives = chain.run(wishes(CASES[::4]), chunk=7 if num_stages == 3 else None, max_rows=1)
+    for case, live in zip(CASES[::4], lives, strict=True):
         assert live.tokens[case["n_prompt"] :] == case["output_ids_ignore_eos"]
 
 

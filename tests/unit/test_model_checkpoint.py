@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import TinyModel, tiny_model
+from support.measure_stage_memory import anonymous_bytes
 
 from stage_worker import loading
 from stage_worker.executor import ExecutorConfig, StageExecutor
@@ -165,6 +167,14 @@ def test_blocks_follow_from_the_budget(originals: Path) -> None:
     assert facts.num_blocks == budget // facts.kv_block_bytes
     default = load(originals / "single", num_blocks=None).facts
     assert default.num_blocks == 256 * 128 // 8  # 256 sequences of full length are enough
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_blocks_that_are_not_used_take_no_memory(originals: Path) -> None:
+    before = anonymous_bytes()
+    facts = load(originals / "single", num_blocks=60_000).facts
+    assert facts.num_blocks * facts.kv_block_bytes > 5e8
+    assert anonymous_bytes() - before < 5e7
 
 
 def test_a_stage_loads_only_what_its_span_has(originals: Path) -> None:
