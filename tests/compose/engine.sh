@@ -68,7 +68,7 @@ has_image() { docker image inspect "$1" >/dev/null 2>&1; }
 
 base() {
     local made="" wanted
-    wanted=$(cat "$REPO/pyproject.toml" "$REPO/constraints.txt" "$0" | sha256sum | cut -c1-16)
+    wanted=$({ requirements; grep -v '^#' "$REPO/constraints.txt"; } | sha256sum | cut -c1-16)
     if has_image "$BASE_IMAGE"; then
         made=$(docker image inspect -f '{{index .Config.Labels "stagemesh.wheels"}}' "$BASE_IMAGE")
         if [ -z "$made" ] || [ "$made" = "$wanted" ]; then

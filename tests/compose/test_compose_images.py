@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from support.containers import BUILD_TIMEOUT_S, docker, inspect, require_engine
+from support.containers import TEST_TIMEOUT_S, docker, inspect
 
-pytestmark = [pytest.mark.compose, pytest.mark.timeout(BUILD_TIMEOUT_S * 2)]
+pytestmark = [
+    pytest.mark.compose,
+    pytest.mark.usefixtures("images"),
+    pytest.mark.timeout(TEST_TIMEOUT_S),
+]
 
 TARGETS = ("control", "worker")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _built() -> None:
-    require_engine()
-    for target in TARGETS:
-        docker(
-            "build", "--target", target, "-t", f"stagemesh-{target}", ".", timeout_s=BUILD_TIMEOUT_S
-        )
 
 
 def in_image(target: str, *command: str) -> str:

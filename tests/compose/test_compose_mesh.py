@@ -13,27 +13,20 @@ from contextlib import closing
 import grpc
 import pytest
 from support.containers import (
-    BUILD_TIMEOUT_S,
+    TEST_TIMEOUT_S,
     Project,
     docker,
     inspect,
     kill_hard,
-    require_engine,
     wait_restarted,
 )
 from support.mesh import Output, collect, greedy_request, wait_until
 
-pytestmark = [pytest.mark.compose, pytest.mark.timeout(BUILD_TIMEOUT_S)]
+pytestmark = [pytest.mark.compose, pytest.mark.timeout(TEST_TIMEOUT_S)]
 
 PROMPT = "Once upon a time"
 NUM_TOKENS = 32
 REQUEST_TIMEOUT_S = 90.0
-
-
-@pytest.fixture(scope="module")
-def images() -> None:
-    require_engine()
-    Project().compose("build", timeout_s=BUILD_TIMEOUT_S)
 
 
 @pytest.fixture(scope="module")

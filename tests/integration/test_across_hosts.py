@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -9,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from support.hosts import Host, describe, hosts, wait_for_stages
 from support.mesh import wait_until
 from support.paths import DEMO_MODEL
@@ -40,6 +44,12 @@ class Lab:
     def num_workers(self) -> int:
         status = self.front.status(self.scheduler)
         return -1 if status is None else len(status.workers)
+
+    def num_accepted(self) -> int:
+        """Requests, since the scheduler started."""
+        status = self.front.status(self.scheduler)
+        assert status is not None
+        return status.queue.num_accepted
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +83,9 @@ def test_a_host_whose_cable_was_pulled_comes_back(lab: Lab, expected: str) -> No
     host = lab.workers[1]
     host.set_cable(plugged_in=False)
     wait_until(lambda: lab.num_workers() == 1, 30.0, "the worker to be lost")
+    accepted = lab.num_accepted()
     asking = lab.laptop.spawn("generate", *QUESTION, "--target", f"{lab.front.address}:50051")
+    wait_until(lambda: lab.num_accepted() > accepted, 30.0, "the request to reach the scheduler")
     host.set_cable(plugged_in=True)
     answer, _ = asking.communicate(timeout=60.0)
     assert asking.returncode == 0, answer
@@ -118,3 +130,43 @@ def _flip_a_weight(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
+
+
+def test_a_host_needs_only_the_files_of_its_own_layers(expected: str, tmp_path: Path) -> None:
+    """Each worker's host has the shards with its layers; the last also the tied embedding."""
+    halves = _split(tmp_path)
+    with hosts(3, tmp_path) as (front, *workers):
+        scheduler = f"{front.address}:50050"
+        front.start("scheduler", "scheduler")
+        front.start("gateway", "gateway", "--model", MODEL)
+        for host, (layers, model) in zip(workers, halves, strict=True):
+            command = ("worker", "--scheduler", scheduler, "--model", str(model))
+            host.start("worker", *command, "--layers", layers)
+        try:
+            wait_for_stages(front, scheduler, 2)
+            assert front.run("generate", *QUESTION, "--target", "127.0.0.1:50051") == expected
+        finally:
+            print(front.logs())
+
+
+def _split(scratch: Path) -> list[tuple[str, Path]]:
+    """(layers, directory) of each half of the demo model, both under the model's own name."""
+    tensors = load_file(DEMO_MODEL / "model.safetensors")
+    num_layers = json.loads((DEMO_MODEL / "config.json").read_text())["num_hidden_layers"]
+    middle = num_layers // 2
+    shards: dict[str, dict[str, torch.Tensor]] = {"ends": {}, "low": {}, "high": {}}
+    for name, tensor in tensors.items():
+        layer = re.search(r"\.layers\.(\d+)\.", name)
+        shard = "ends" if layer is None else "low" if int(layer[1]) < middle else "high"
+        shards[shard][name] = tensor
+    index = {name: f"{shard}.safetensors" for shard, part in shards.items() for name in part}
+    halves = []
+    for shard, layers in (("low", f"0:{middle}"), ("high", f"{middle}:{num_layers}")):
+        model = scratch / shard / DEMO_MODEL.name
+        ignored = shutil.ignore_patterns("*.safetensors", ".*")
+        shutil.copytree(DEMO_MODEL, model, ignore=ignored)
+        (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+        for name in ("ends", shard):
+            save_file(shards[name], model / f"{name}.safetensors")
+        halves.append((layers, model))
+    return halves
