@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from support.mesh import Mesh, greedy_request, running_mesh
+from support.mesh import Mesh, greedy_request, running_mesh, wait_until
 from support.paths import shared
 
 MODEL = shared("models/stories260K")
@@ -82,12 +82,27 @@ def test_every_step_costs_one_message_more_than_there_are_stages(
 ) -> None:
     """The scheduler sends one, each stage sends one: activations never pass the scheduler."""
     name, mesh = layout
+    num_stages = LAYOUTS[name][0]
+
+    def num_sent() -> int:
+        return sum(worker.stats.messages_sent for worker in mesh.status().workers)
+
+    def sent_is_settled() -> bool:
+        """Heartbeats carry the counts, a little later."""
+        status = mesh.status()
+        done = status.pipelines[0].steps_done
+        return all(worker.stats.steps_executed == done for worker in status.workers)
+
     before = mesh.wait_idle()
+    wait_until(sent_is_settled, 10.0, "every worker's count")
+    sent_before = num_sent()
     mesh.generate(greedy_request(cases()[0]["prompt_ids"], 64, ignore_eos=True))
-    mesh.wait_idle()
-    steps = mesh.status().pipelines[0].steps_done - before.pipelines[0].steps_done
-    assert steps >= 64, name
-    timings = mesh.status().pipelines[0].mean_timings
-    assert len(timings) == LAYOUTS[name][0]
+    after = mesh.wait_idle()
+    num_steps = after.pipelines[0].steps_done - before.pipelines[0].steps_done
+    assert num_steps >= 64
+    wait_until(sent_is_settled, 10.0, "every worker's count")
+    assert num_sent() == sent_before + num_steps * num_stages
+    timings = after.pipelines[0].mean_timings
+    assert len(timings) == num_stages
     assert all(timing.received_bytes > 0 for timing in timings[1:])
     assert timings[0].received_bytes == 0
