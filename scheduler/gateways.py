@@ -170,6 +170,9 @@ class Gateways:
         log.info("a gateway is gone", gateway=session.gateway_id, reason=reason)
         with self._acting() as now_ns:
             self._core.abort_gateway(session.incarnation, now_ns)
+            # Said now, what was to be said to it reaches nobody: not another stream of its process.
+            for event in self._core.take_events():
+                self.deliver(event)
 
 
 def view_to_proto(view: MeshView) -> mesh_pb2.MeshState:
