@@ -28,7 +28,8 @@ RUN pip install --no-deps --target /app .
 
 # What a running container has besides Python: a user without rights, and the command.
 FROM ${PYTHON_IMAGE} AS runtime
-RUN useradd --uid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin stagemesh
+RUN useradd --uid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin stagemesh \
+    && mkdir -p /srv/host/models
 ENV PATH=/app/bin:/opt/venv/bin:$PATH PYTHONPATH=/app PYTHONUNBUFFERED=1
 USER 10001
 WORKDIR /

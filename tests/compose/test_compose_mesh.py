@@ -4,6 +4,7 @@ stopped, killed and added.
 
 from __future__ import annotations
 
+import itertools
 import json
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -26,6 +27,8 @@ pytestmark = [pytest.mark.compose, pytest.mark.timeout(TEST_TIMEOUT_S)]
 
 PROMPT = "Once upon a time"
 NUM_TOKENS = 32
+# Takes some seconds; the kill is sent after the first of them.
+LONG_NUM_TOKENS = 480
 REQUEST_TIMEOUT_S = 90.0
 
 
@@ -53,10 +56,17 @@ def expected(mesh: Project) -> Output:
     return generate(mesh)
 
 
-def generate(mesh: Project) -> Output:
+def generate(
+    mesh: Project, num_tokens: int = NUM_TOKENS, on_first: Callable[[], None] | None = None
+) -> Output:
+    """`on_first` is called when the first message of the stream has come."""
     with grpc.insecure_channel(mesh.address("gateway", 50051)) as channel:
-        request = greedy_request(PROMPT, NUM_TOKENS, ignore_eos=True)
-        return collect(mesh.stub(channel).Generate(request, timeout=REQUEST_TIMEOUT_S))
+        request = greedy_request(PROMPT, num_tokens, ignore_eos=True)
+        call = mesh.stub(channel).Generate(request, timeout=REQUEST_TIMEOUT_S)
+        first = next(call)
+        if on_first is not None:
+            on_first()
+        return collect(itertools.chain([first], call))
 
 
 def generate_meanwhile(mesh: Project, repair: Callable[[], None]) -> Output:
@@ -131,6 +141,16 @@ def test_a_killed_worker_is_restarted_and_serves_again(
     kill_hard(worker)
     assert generate(mesh).token_ids == expected.token_ids
     wait_restarted(worker, pid)
+
+
+def test_a_stream_goes_on_when_a_worker_is_killed(mesh: Project) -> None:
+    undisturbed = generate(mesh, LONG_NUM_TOKENS)
+    worker = mesh.containers("stage_worker")[1]
+    epoch = mesh.status().pipelines[0].epoch.n
+    output = generate(mesh, LONG_NUM_TOKENS, on_first=lambda: kill_hard(worker))
+    assert output.token_ids == undisturbed.token_ids
+    assert output.text == undisturbed.text
+    assert mesh.status().pipelines[0].epoch.n > epoch
 
 
 def test_a_restarted_scheduler_serves_again(mesh: Project, expected: Output) -> None:
