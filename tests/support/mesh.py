@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -149,7 +150,12 @@ def running_mesh(model: Path, *options: str, stages: int = 2, replicas: int = 1)
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         with log.open("wb") as sink:
             process = subprocess.Popen(
-                command, stdout=sink, stderr=subprocess.STDOUT, env=env, start_new_session=True
+                command,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                env=env,
+                start_new_session=True,
+                preexec_fn=_end_with_the_tests,
             )
         try:
             wait_until(
@@ -166,6 +172,12 @@ def running_mesh(model: Path, *options: str, stages: int = 2, replicas: int = 1)
                 process.kill()
                 process.wait()
             sys.stdout.write(log.read_text()[-4000:])
+
+
+def _end_with_the_tests() -> None:
+    """In the new process: a mesh does not outlive tests that are killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _serve(process: subprocess.Popen[bytes], ready: dict[str, Any], log: Path) -> Iterator[Mesh]:
