@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from stage_worker.checkpoint import STORED_DTYPES, TORCH_DTYPES, Checkpoint
+from stage_worker.checkpoint import INDEX, STORED_DTYPES, TORCH_DTYPES, Checkpoint
 from stage_worker.layout import Shape, all_parts, part_tensors
 from stagemesh.errors import CheckpointError
 from stagemesh.model_spec import ModelSpec
@@ -25,6 +25,8 @@ from stagemesh.plan import ModelSummary
 CACHE_NAME = ".stagemesh-identity.json"
 _CACHE_VERSION = 1
 _SLICE_BYTES = 2**22
+
+FileStamps = tuple[tuple[Any, ...], ...]
 
 
 def summarise(model_dir: Path) -> ModelSummary:
@@ -51,6 +53,12 @@ def summarise(model_dir: Path) -> ModelSummary:
         part_hashes=hashes,
         dynamic_rope_length=spec.dynamic_rope_length,
     )
+
+
+def file_stamps(model_dir: Path) -> FileStamps:
+    """Name, size and modification time of every file that numbers come from."""
+    paths = [model_dir / "config.json", model_dir / INDEX, *model_dir.glob("*.safetensors")]
+    return tuple(tuple(_stamp(path)) for path in sorted(paths) if path.is_file())
 
 
 def structure_hash(spec: ModelSpec) -> str:

@@ -19,12 +19,13 @@ import structlog
 from protos import mesh_pb2
 from stage_worker.device_thread import DeviceThread
 from stage_worker.options import WorkerOptions
-from stage_worker.span_holder import SpanHolder, summarise_model
+from stage_worker.span_holder import SpanHolder
 from stage_worker.stats import Stats
 from stage_worker.worker import Parts, Worker
 from stagemesh import __version__
 from stagemesh.addresses import advertised_address, split_address
-from stagemesh.errors import SpanError
+from stagemesh.backoff import Backoff
+from stagemesh.errors import PeerLost, SpanError
 from stagemesh.model_spec import ModelSpec
 from stagemesh.plan import ModelSummary
 from stagemesh.rpc import RpcServer
@@ -65,10 +66,8 @@ async def serve(options: WorkerOptions, on_ready: OnReady | None = None) -> None
             handlers = push_handlers(worker.membership, stats.traffic)
             server.server.add_generic_rpc_handlers((handlers,))
             bound = await server.start()
-            address = await asyncio.to_thread(
-                advertised_address, bound, options.advertise, options.scheduler
-            )
-            summary = await device.run(lambda: summarise_model(options.model))
+            address = await _own_address(bound, options)
+            summary = await holder.summarise()
             identity = _identity(options, address, summary, dtype)
             if on_ready is not None:
                 on_ready({"address": address, "id": identity.worker_id})
@@ -101,6 +100,22 @@ def _check_span(options: WorkerOptions, spec: ModelSpec) -> None:
             f"--layers {span.start}:{span.end} is outside the model, which has "
             f"{spec.num_layers} layers"
         )
+
+
+async def _own_address(bound: str, options: WorkerOptions) -> str:
+    """As others reach this worker. Waits for a way to the scheduler: its host may come later."""
+    backoff = Backoff()
+    told = False
+    while True:
+        try:
+            return await asyncio.to_thread(
+                advertised_address, bound, options.advertise, options.scheduler
+            )
+        except PeerLost as error:
+            if not told:
+                log.warning("no scheduler", scheduler=options.scheduler, reason=str(error))
+            told = True
+        await backoff.wait()
 
 
 def _set_health(server: RpcServer, attached: bool, in_epoch: bool) -> None:

@@ -10,16 +10,16 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stage_worker.device_thread import DeviceThread
 from stage_worker.options import WorkerOptions
-from stagemesh.errors import RequestCancelled
+from stagemesh.errors import CheckpointError, RequestCancelled
 from stagemesh.plan import ModelSummary, Span
 
 if TYPE_CHECKING:
     from stage_worker.executor import ExecutorFacts, StageExecutor
+    from stage_worker.identity import FileStamps
 
 PROGRESS_INTERVAL_NS = 100_000_000
 
@@ -43,6 +43,14 @@ class SpanHolder:
         self._dtype = dtype
         self._device = device
         self.held: HeldSpan | None = None
+        self._stamps: FileStamps = ()
+
+    async def summarise(self) -> ModelSummary:
+        """What this worker says of its model; what it loads later is of the same files.
+
+        Raises CheckpointError and what else is wrong with the files.
+        """
+        return await self._device.run(self._summarise)
 
     async def load(self, span: Span, on_progress: OnProgress) -> HeldSpan:
         """Replaces what is held by `span`; `on_progress(loaded_bytes, total_bytes)` is called from
@@ -54,15 +62,25 @@ class SpanHolder:
             return self.held
         self.held = None
         report = _Throttled(on_progress, self._device)
-        self.held = await self._device.run(lambda: _load(self._options, self._dtype, span, report))
+        self.held = await self._device.run(lambda: self._load(span, report))
         return self.held
 
+    def _summarise(self) -> ModelSummary:
+        from stage_worker.identity import file_stamps, summarise
 
-def summarise_model(model_dir: Path) -> ModelSummary:
-    """On the device thread. Raises CheckpointError and what else is wrong with the files."""
-    from stage_worker.identity import summarise
+        self._stamps = file_stamps(self._options.model)  # first: a change meanwhile counts too
+        return summarise(self._options.model)
 
-    return summarise(model_dir)
+    def _load(self, span: Span, on_progress: OnProgress) -> HeldSpan:
+        from stage_worker.identity import file_stamps
+
+        held = _load(self._options, self._dtype, span, on_progress)
+        if file_stamps(self._options.model) != self._stamps:
+            raise CheckpointError(
+                f"files of {self._options.model} have changed since this worker told the mesh "
+                "what they hold; start it again"
+            )
+        return held
 
 
 def _load(options: WorkerOptions, dtype: str, span: Span, on_progress: OnProgress) -> HeldSpan:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import socket
 
-from stagemesh.errors import ConfigError
+from stagemesh.errors import ConfigError, PeerLost
 
 _WILDCARDS = {"", "*", "0.0.0.0", "::"}
 
@@ -37,7 +37,8 @@ def advertised_address(bound: str, advertise: str, towards: str) -> str:
 
     `advertise` is the operator's word: "host:port", or a host alone where the port is the bound
     one. Without it a wildcard becomes this host's own address on the way to `towards` (host:port;
-    its name is looked up, which may block). Raises ConfigError.
+    its name is looked up, which may block). Raises ConfigError; PeerLost where there is no way to
+    `towards` now.
     """
     host, port = split_address(bound)
     if advertise:
@@ -61,7 +62,7 @@ def _own_host_towards(address: str) -> str:
             probe.connect(peer)
             return str(probe.getsockname()[0])
     except OSError as error:
-        raise ConfigError(
-            f"cannot tell which address of this host others can reach (no way to {address}: "
-            f"{error}); name one with advertise_address"
+        raise PeerLost(
+            f"no way to {address} ({error}), so it is not known which address of this host others "
+            "can reach; --advertise names one"
         ) from error

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.mesh import wait_until
 from support.paths import DEMO_MODEL
 from support.worker_links import (
     failure,
@@ -79,6 +82,31 @@ async def test_a_model_damaged_after_the_worker_registered_is_reported(tmp_path:
         link.start_load(0, NUM_LAYERS)
         assert (await link.expect("failed")).code == "checkpoint"
         assert isinstance(await failure(worker), CheckpointError)
+
+
+async def test_weights_replaced_after_the_worker_registered_are_not_served(tmp_path: Path) -> None:
+    """Whole, valid, of the same size: but not those whose hashes the mesh agreed on."""
+    model = demo_copy(tmp_path)
+    async with link_scheduler() as scheduler, local_worker(model, scheduler.address) as worker:
+        link = await scheduler.worker()
+        weights = model / "model.safetensors"
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.with_suffix(".new").write_bytes(content)
+        weights.with_suffix(".new").replace(weights)
+        link.start_load(0, NUM_LAYERS)
+        failed = await link.expect("failed")
+        assert "have changed" in failed.message
+        assert isinstance(await failure(worker), CheckpointError)
+
+
+async def test_a_scheduler_whose_name_is_not_known_yet_is_waited_for() -> None:
+    options = ("--listen", "0.0.0.0:0")
+    async with worker_process(DEMO_MODEL, "no-such-host.invalid:50050", *options) as worker:
+        told = "no way to no-such-host.invalid"
+        await asyncio.to_thread(wait_until, lambda: told in worker.output(), 30.0, told)
+        worker.signal(signal.SIGTERM)
+        assert await worker.wait() == 0
 
 
 @pytest.mark.parametrize(
