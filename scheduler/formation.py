@@ -119,6 +119,9 @@ class Formation:
     # ---- places --------------------------------------------------------------------------------
 
     def _fill(self, pipeline: MeshPipeline, workers: Collection[Worker], now_ns: int) -> None:
+        for stage in pipeline.vacancies:  # first, so that nobody who holds one stage loads another
+            if worker := _best_free(workers, pipeline.spans[stage], worst_rank=1):
+                pipeline.place(stage, worker)
         for stage in pipeline.vacancies:
             span = pipeline.spans[stage]
             worker = _best_free(workers, span) or self._best_elsewhere(pipeline, span)
@@ -155,11 +158,12 @@ def _span_that_it_keeps(worker: Worker) -> Span | None:
     return worker.loaded.span if worker.loaded else None
 
 
-def _best_free(workers: Collection[Worker], span: Span) -> Worker | None:
+def _best_free(workers: Collection[Worker], span: Span, worst_rank: int = 2) -> Worker | None:
+    """By the rank that `Worker.suits` gives."""
     suiting = [
         (rank, worker.num_failures, worker.number, worker)
         for worker in workers
-        if worker.is_free and (rank := worker.suits(span)) is not None
+        if worker.is_free and (rank := worker.suits(span)) is not None and rank <= worst_rank
     ]
     return min(suiting)[-1] if suiting else None
 

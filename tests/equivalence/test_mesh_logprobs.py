@@ -12,6 +12,7 @@ from protos import text_generation_pb2 as pb
 
 MODEL = shared("models/stories260K")
 CASES = json.loads((MODEL / "reference.json").read_text())["cases"]
+ALL, EVERY_FOURTH = slice(None), slice(None, None, 4)
 
 
 def requests() -> list[pb.GenerateRequest]:
@@ -35,8 +36,8 @@ def bits(output: Output) -> list[tuple[int, float]]:
     return found
 
 
-def one_at_a_time(mesh: Mesh) -> list[list[tuple[int, float]]]:
-    return [bits(mesh.generate(request)) for request in requests()]
+def one_at_a_time(mesh: Mesh, some: slice = ALL) -> list[list[tuple[int, float]]]:
+    return [bits(mesh.generate(request)) for request in requests()[some]]
 
 
 @pytest.fixture(scope="module")
@@ -58,5 +59,5 @@ def test_they_are_the_reference_s(baseline: list[list[tuple[int, float]]]) -> No
 @pytest.mark.parametrize("stages", [3, 5])
 def test_chunks_and_stages(baseline: list[list[tuple[int, float]]], stages: int) -> None:
     with running_mesh(MODEL, "--batch-invariant", "--max-chunk-tokens", "7", stages=stages) as mesh:
-        assert one_at_a_time(mesh) == baseline
+        assert one_at_a_time(mesh, EVERY_FOURTH) == baseline[EVERY_FOURTH]
         assert [bits(output) for output in mesh.generate_all(requests())] == baseline

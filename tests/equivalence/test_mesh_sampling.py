@@ -30,7 +30,7 @@ def seeded_request(seed: int) -> pb.GenerateRequest:
     return pb.GenerateRequest(
         text="Once upon a time" if seed % 2 else "The little dog",
         sampling=sampling,
-        stopping=pb.StoppingCriteria(max_tokens=48, ignore_eos=True),
+        stopping=pb.StoppingCriteria(max_tokens=32, ignore_eos=True),
     )
 
 

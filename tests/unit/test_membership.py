@@ -168,6 +168,17 @@ def test_workers_with_layers_from_before_take_them_up_again() -> None:
 # ---- refusals ----------------------------------------------------------------------------------
 
 
+def test_the_holder_of_a_later_stage_that_comes_first_does_not_load_the_first() -> None:
+    mesh = FakeMesh(replace(LIMITS, num_stages=2))
+    mesh.register("b", loaded=LoadedSpan(Span(3, 6), 100, 16))
+    mesh.run()
+    mesh.register("a", loaded=LoadedSpan(Span(0, 3), 100, 16))
+    mesh.run()
+    assert mesh.stages() == ["a", "b"]
+    told = mesh.workers["a"].commands + mesh.workers["b"].commands
+    assert not any(isinstance(command, LoadSpan) for command in told)
+
+
 def test_a_worker_with_another_model_is_refused_by_what_differs() -> None:
     mesh = two_stages()
     other = model(structure_hash="other", num_layers=4, name="large")
