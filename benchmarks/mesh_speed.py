@@ -36,7 +36,8 @@ BATCHES = (1, 8, 32)
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One mesh, once. `hop_ns` is a step's time outside of compute, per message."""
+    """One mesh, once. `hop_us`: time per token of a lone request outside of compute, per message
+    that a step costs. `tokens_per_s` by number of streams."""
 
     stages: int
     startup_s: float
@@ -73,7 +74,7 @@ def _mesh(model: Path, stages: int) -> Iterator[tuple[dict[str, Any], float]]:
 
 
 async def _tokens_per_s(target: str, batch: int, tokens: int) -> float:
-    """Decode rate of `batch` greedy streams: tokens after each stream's first, over their time."""
+    """Of `batch` streams together, from the first request to the last token."""
     async with grpc.aio.insecure_channel(target) as channel:
         stub = pb_grpc.TextGenerationStub(channel)  # type: ignore[no-untyped-call]
         started_s = time.monotonic()
