@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from gateway.model import ServedModel
+from gateway.model import SAMPLING_NUMBERS, ServedModel
 from gateway.requests import (
     ChatPrompt,
     Delta,
@@ -26,15 +26,6 @@ from protos import text_generation_pb2 as pb
 from stagemesh.errors import InvalidRequest
 from stagemesh.plan import SampledToken
 
-_SAMPLING_FIELDS = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-)
 _FINISH_REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
@@ -97,7 +88,7 @@ def _optional(message: Any, name: str) -> Any:
 
 def _sampling(message: pb.SamplingParams) -> SamplingOptions:
     return SamplingOptions(
-        **{name: _optional(message, name) for name in _SAMPLING_FIELDS},
+        **{name: _optional(message, name) for name in SAMPLING_NUMBERS},
         logit_bias=dict(message.logit_bias),
         seed=_optional(message, "seed"),
     )
@@ -179,7 +170,7 @@ def _summary(summary: Summary) -> pb.GenerationSummary:
 
 
 def model_to_proto(model: ServedModel, identity: str, max_model_len: int) -> pb.GetModelResponse:
-    defaults = {name: getattr(model.default_sampling, name) for name in _SAMPLING_FIELDS}
+    defaults = {name: getattr(model.default_sampling, name) for name in SAMPLING_NUMBERS}
     return pb.GetModelResponse(
         model=model.name,
         identity=identity,

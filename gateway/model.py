@@ -13,8 +13,8 @@ from stagemesh.errors import CheckpointError, InvalidRequest, ModelNotFound
 from stagemesh.model_spec import ModelSpec
 from stagemesh.sampling import SamplingSpec
 
-# Fields of generation_config.json that an absent sampling parameter falls back to.
-_DEFAULTED = (
+# What a request may leave to generation_config.json; named alike there and in SamplingParams.
+SAMPLING_NUMBERS = (
     "temperature",
     "top_k",
     "top_p",
@@ -80,7 +80,7 @@ def _chat_template(directory: Path, tokenizer: Tokenizer) -> tuple[ChatTemplate 
 
 def _default_sampling(path: Path) -> SamplingSpec:
     config = read_json(path)
-    found = {name: config[name] for name in _DEFAULTED if config.get(name) is not None}
+    found = {name: config[name] for name in SAMPLING_NUMBERS if config.get(name) is not None}
     try:
         return SamplingSpec(**_as_numbers(found))
     except (InvalidRequest, TypeError, ValueError) as error:
