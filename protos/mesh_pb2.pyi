@@ -35,7 +35,7 @@ WORKER_STATE_READY: WorkerState
 WORKER_STATE_SERVING: WorkerState
 
 class WorkerMessage(_message.Message):
-    __slots__ = ("register", "heartbeat", "load_progress", "span_loaded", "epoch_joined", "epoch_broken", "failed", "goodbye")
+    __slots__ = ("register", "heartbeat", "load_progress", "span_loaded", "epoch_joined", "epoch_broken", "failed", "goodbye", "draining")
     REGISTER_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     LOAD_PROGRESS_FIELD_NUMBER: _ClassVar[int]
@@ -44,6 +44,7 @@ class WorkerMessage(_message.Message):
     EPOCH_BROKEN_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
     GOODBYE_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     register: RegisterWorker
     heartbeat: WorkerHeartbeat
     load_progress: LoadProgress
@@ -52,7 +53,8 @@ class WorkerMessage(_message.Message):
     epoch_broken: EpochBroken
     failed: _plan_pb2.Error
     goodbye: WorkerGoodbye
-    def __init__(self, register: _Optional[_Union[RegisterWorker, _Mapping]] = ..., heartbeat: _Optional[_Union[WorkerHeartbeat, _Mapping]] = ..., load_progress: _Optional[_Union[LoadProgress, _Mapping]] = ..., span_loaded: _Optional[_Union[SpanLoaded, _Mapping]] = ..., epoch_joined: _Optional[_Union[EpochJoined, _Mapping]] = ..., epoch_broken: _Optional[_Union[EpochBroken, _Mapping]] = ..., failed: _Optional[_Union[_plan_pb2.Error, _Mapping]] = ..., goodbye: _Optional[_Union[WorkerGoodbye, _Mapping]] = ...) -> None: ...
+    draining: WorkerDraining
+    def __init__(self, register: _Optional[_Union[RegisterWorker, _Mapping]] = ..., heartbeat: _Optional[_Union[WorkerHeartbeat, _Mapping]] = ..., load_progress: _Optional[_Union[LoadProgress, _Mapping]] = ..., span_loaded: _Optional[_Union[SpanLoaded, _Mapping]] = ..., epoch_joined: _Optional[_Union[EpochJoined, _Mapping]] = ..., epoch_broken: _Optional[_Union[EpochBroken, _Mapping]] = ..., failed: _Optional[_Union[_plan_pb2.Error, _Mapping]] = ..., goodbye: _Optional[_Union[WorkerGoodbye, _Mapping]] = ..., draining: _Optional[_Union[WorkerDraining, _Mapping]] = ...) -> None: ...
 
 class WorkerCommand(_message.Message):
     __slots__ = ("welcome", "load_span", "join_epoch", "leave_epoch", "refused", "shutdown")
@@ -71,7 +73,7 @@ class WorkerCommand(_message.Message):
     def __init__(self, welcome: _Optional[_Union[WelcomeWorker, _Mapping]] = ..., load_span: _Optional[_Union[LoadSpan, _Mapping]] = ..., join_epoch: _Optional[_Union[JoinEpoch, _Mapping]] = ..., leave_epoch: _Optional[_Union[LeaveEpoch, _Mapping]] = ..., refused: _Optional[_Union[_plan_pb2.Error, _Mapping]] = ..., shutdown: _Optional[_Union[ShutdownWorker, _Mapping]] = ...) -> None: ...
 
 class RegisterWorker(_message.Message):
-    __slots__ = ("protocol_version", "worker_id", "incarnation", "address", "model", "fixed_span", "loaded", "device", "dtype", "batch_invariant", "pid", "stagemesh_version", "max_kv_memory_bytes")
+    __slots__ = ("protocol_version", "worker_id", "incarnation", "address", "model", "fixed_span", "loaded", "device", "dtype", "batch_invariant", "pid", "stagemesh_version", "max_kv_memory_bytes", "available_memory_bytes")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -85,6 +87,7 @@ class RegisterWorker(_message.Message):
     PID_FIELD_NUMBER: _ClassVar[int]
     STAGEMESH_VERSION_FIELD_NUMBER: _ClassVar[int]
     MAX_KV_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    AVAILABLE_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     worker_id: str
     incarnation: int
@@ -98,7 +101,8 @@ class RegisterWorker(_message.Message):
     pid: int
     stagemesh_version: str
     max_kv_memory_bytes: int
-    def __init__(self, protocol_version: _Optional[int] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., model: _Optional[_Union[ModelSummary, _Mapping]] = ..., fixed_span: _Optional[_Union[LayerSpan, _Mapping]] = ..., loaded: _Optional[_Union[SpanLoaded, _Mapping]] = ..., device: _Optional[str] = ..., dtype: _Optional[_Union[_plan_pb2.DType, str]] = ..., batch_invariant: bool = ..., pid: _Optional[int] = ..., stagemesh_version: _Optional[str] = ..., max_kv_memory_bytes: _Optional[int] = ...) -> None: ...
+    available_memory_bytes: int
+    def __init__(self, protocol_version: _Optional[int] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., model: _Optional[_Union[ModelSummary, _Mapping]] = ..., fixed_span: _Optional[_Union[LayerSpan, _Mapping]] = ..., loaded: _Optional[_Union[SpanLoaded, _Mapping]] = ..., device: _Optional[str] = ..., dtype: _Optional[_Union[_plan_pb2.DType, str]] = ..., batch_invariant: bool = ..., pid: _Optional[int] = ..., stagemesh_version: _Optional[str] = ..., max_kv_memory_bytes: _Optional[int] = ..., available_memory_bytes: _Optional[int] = ...) -> None: ...
 
 class ModelSummary(_message.Message):
     __slots__ = ("name", "architecture", "num_layers", "hidden_size", "vocab_size", "max_position", "layer_bytes", "embedding_bytes", "head_bytes", "structure_hash", "part_hashes", "dynamic_rope_length")
@@ -150,7 +154,7 @@ class WorkerHeartbeat(_message.Message):
     def __init__(self, stats: _Optional[_Union[WorkerStats, _Mapping]] = ...) -> None: ...
 
 class WorkerStats(_message.Message):
-    __slots__ = ("rss_anon_bytes", "steps_executed", "rows_executed", "tokens_executed", "compute_ns", "idle_ns", "steps_queued", "bytes_sent", "messages_sent", "sequences_held")
+    __slots__ = ("rss_anon_bytes", "steps_executed", "rows_executed", "tokens_executed", "compute_ns", "idle_ns", "steps_queued", "bytes_sent", "messages_sent", "sequences_held", "available_memory_bytes", "blocks_received")
     RSS_ANON_BYTES_FIELD_NUMBER: _ClassVar[int]
     STEPS_EXECUTED_FIELD_NUMBER: _ClassVar[int]
     ROWS_EXECUTED_FIELD_NUMBER: _ClassVar[int]
@@ -161,6 +165,8 @@ class WorkerStats(_message.Message):
     BYTES_SENT_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_SENT_FIELD_NUMBER: _ClassVar[int]
     SEQUENCES_HELD_FIELD_NUMBER: _ClassVar[int]
+    AVAILABLE_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_RECEIVED_FIELD_NUMBER: _ClassVar[int]
     rss_anon_bytes: int
     steps_executed: int
     rows_executed: int
@@ -171,7 +177,9 @@ class WorkerStats(_message.Message):
     bytes_sent: int
     messages_sent: int
     sequences_held: int
-    def __init__(self, rss_anon_bytes: _Optional[int] = ..., steps_executed: _Optional[int] = ..., rows_executed: _Optional[int] = ..., tokens_executed: _Optional[int] = ..., compute_ns: _Optional[int] = ..., idle_ns: _Optional[int] = ..., steps_queued: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., messages_sent: _Optional[int] = ..., sequences_held: _Optional[int] = ...) -> None: ...
+    available_memory_bytes: int
+    blocks_received: int
+    def __init__(self, rss_anon_bytes: _Optional[int] = ..., steps_executed: _Optional[int] = ..., rows_executed: _Optional[int] = ..., tokens_executed: _Optional[int] = ..., compute_ns: _Optional[int] = ..., idle_ns: _Optional[int] = ..., steps_queued: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., messages_sent: _Optional[int] = ..., sequences_held: _Optional[int] = ..., available_memory_bytes: _Optional[int] = ..., blocks_received: _Optional[int] = ...) -> None: ...
 
 class LoadProgress(_message.Message):
     __slots__ = ("span", "loaded_bytes", "total_bytes")
@@ -184,28 +192,32 @@ class LoadProgress(_message.Message):
     def __init__(self, span: _Optional[_Union[LayerSpan, _Mapping]] = ..., loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ...) -> None: ...
 
 class SpanLoaded(_message.Message):
-    __slots__ = ("span", "num_blocks", "block_size_tokens", "weight_bytes", "kv_block_bytes", "load_ns")
+    __slots__ = ("span", "num_blocks", "block_size_tokens", "weight_bytes", "kv_block_bytes", "load_ns", "num_log_blocks")
     SPAN_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
     LOAD_NS_FIELD_NUMBER: _ClassVar[int]
+    NUM_LOG_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     span: LayerSpan
     num_blocks: int
     block_size_tokens: int
     weight_bytes: int
     kv_block_bytes: int
     load_ns: int
-    def __init__(self, span: _Optional[_Union[LayerSpan, _Mapping]] = ..., num_blocks: _Optional[int] = ..., block_size_tokens: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., kv_block_bytes: _Optional[int] = ..., load_ns: _Optional[int] = ...) -> None: ...
+    num_log_blocks: int
+    def __init__(self, span: _Optional[_Union[LayerSpan, _Mapping]] = ..., num_blocks: _Optional[int] = ..., block_size_tokens: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., kv_block_bytes: _Optional[int] = ..., load_ns: _Optional[int] = ..., num_log_blocks: _Optional[int] = ...) -> None: ...
 
 class EpochJoined(_message.Message):
-    __slots__ = ("pipeline_id", "epoch")
+    __slots__ = ("pipeline_id", "epoch", "has_pages")
     PIPELINE_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    HAS_PAGES_FIELD_NUMBER: _ClassVar[int]
     pipeline_id: str
     epoch: _plan_pb2.Epoch
-    def __init__(self, pipeline_id: _Optional[str] = ..., epoch: _Optional[_Union[_plan_pb2.Epoch, _Mapping]] = ...) -> None: ...
+    has_pages: bool
+    def __init__(self, pipeline_id: _Optional[str] = ..., epoch: _Optional[_Union[_plan_pb2.Epoch, _Mapping]] = ..., has_pages: bool = ...) -> None: ...
 
 class EpochBroken(_message.Message):
     __slots__ = ("pipeline_id", "epoch", "error", "peer_address")
@@ -225,6 +237,14 @@ class WorkerGoodbye(_message.Message):
     reason: str
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
+class WorkerDraining(_message.Message):
+    __slots__ = ("reason", "remaining_ns")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    REMAINING_NS_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    remaining_ns: int
+    def __init__(self, reason: _Optional[str] = ..., remaining_ns: _Optional[int] = ...) -> None: ...
+
 class WelcomeWorker(_message.Message):
     __slots__ = ("term", "heartbeat_interval_ms", "lease_ms")
     TERM_FIELD_NUMBER: _ClassVar[int]
@@ -242,7 +262,7 @@ class LoadSpan(_message.Message):
     def __init__(self, span: _Optional[_Union[LayerSpan, _Mapping]] = ...) -> None: ...
 
 class JoinEpoch(_message.Message):
-    __slots__ = ("pipeline_id", "epoch", "stage", "num_stages", "next_address", "num_blocks", "keep_kv")
+    __slots__ = ("pipeline_id", "epoch", "stage", "num_stages", "next_address", "num_blocks", "keep_kv", "pages")
     PIPELINE_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
@@ -250,6 +270,7 @@ class JoinEpoch(_message.Message):
     NEXT_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     KEEP_KV_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FIELD_NUMBER: _ClassVar[int]
     pipeline_id: str
     epoch: _plan_pb2.Epoch
     stage: int
@@ -257,7 +278,16 @@ class JoinEpoch(_message.Message):
     next_address: str
     num_blocks: int
     keep_kv: bool
-    def __init__(self, pipeline_id: _Optional[str] = ..., epoch: _Optional[_Union[_plan_pb2.Epoch, _Mapping]] = ..., stage: _Optional[int] = ..., num_stages: _Optional[int] = ..., next_address: _Optional[str] = ..., num_blocks: _Optional[int] = ..., keep_kv: bool = ...) -> None: ...
+    pages: PageSource
+    def __init__(self, pipeline_id: _Optional[str] = ..., epoch: _Optional[_Union[_plan_pb2.Epoch, _Mapping]] = ..., stage: _Optional[int] = ..., num_stages: _Optional[int] = ..., next_address: _Optional[str] = ..., num_blocks: _Optional[int] = ..., keep_kv: bool = ..., pages: _Optional[_Union[PageSource, _Mapping]] = ...) -> None: ...
+
+class PageSource(_message.Message):
+    __slots__ = ("address", "block_ids")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    block_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, address: _Optional[str] = ..., block_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class LeaveEpoch(_message.Message):
     __slots__ = ("pipeline_id", "epoch")
@@ -272,6 +302,24 @@ class ShutdownWorker(_message.Message):
     REASON_FIELD_NUMBER: _ClassVar[int]
     reason: str
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
+
+class DrainWorkerRequest(_message.Message):
+    __slots__ = ("worker_id", "to_worker_id", "stay")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    TO_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    STAY_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    to_worker_id: str
+    stay: bool
+    def __init__(self, worker_id: _Optional[str] = ..., to_worker_id: _Optional[str] = ..., stay: bool = ...) -> None: ...
+
+class DrainWorkerResponse(_message.Message):
+    __slots__ = ("successor_id", "num_blocks_moved")
+    SUCCESSOR_ID_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_MOVED_FIELD_NUMBER: _ClassVar[int]
+    successor_id: str
+    num_blocks_moved: int
+    def __init__(self, successor_id: _Optional[str] = ..., num_blocks_moved: _Optional[int] = ...) -> None: ...
 
 class GatewayMessage(_message.Message):
     __slots__ = ("register", "submit", "abort", "heartbeat")
@@ -430,7 +478,7 @@ class GetStatusResponse(_message.Message):
     def __init__(self, term: _Optional[int] = ..., mesh: _Optional[_Union[MeshState, _Mapping]] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., pipelines: _Optional[_Iterable[_Union[PipelineStatus, _Mapping]]] = ..., queue: _Optional[_Union[QueueStatus, _Mapping]] = ..., num_gateways: _Optional[int] = ..., uptime_ns: _Optional[int] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "address", "state", "span", "device", "dtype", "pid", "num_blocks", "weight_bytes", "stats", "load_fraction")
+    __slots__ = ("worker_id", "incarnation", "address", "state", "span", "device", "dtype", "pid", "num_blocks", "weight_bytes", "stats", "load_fraction", "draining", "error")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -443,6 +491,8 @@ class WorkerStatus(_message.Message):
     WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
     LOAD_FRACTION_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: int
     address: str
@@ -455,10 +505,12 @@ class WorkerStatus(_message.Message):
     weight_bytes: int
     stats: WorkerStats
     load_fraction: float
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., state: _Optional[_Union[WorkerState, str]] = ..., span: _Optional[_Union[LayerSpan, _Mapping]] = ..., device: _Optional[str] = ..., dtype: _Optional[_Union[_plan_pb2.DType, str]] = ..., pid: _Optional[int] = ..., num_blocks: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., stats: _Optional[_Union[WorkerStats, _Mapping]] = ..., load_fraction: _Optional[float] = ...) -> None: ...
+    draining: bool
+    error: str
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., state: _Optional[_Union[WorkerState, str]] = ..., span: _Optional[_Union[LayerSpan, _Mapping]] = ..., device: _Optional[str] = ..., dtype: _Optional[_Union[_plan_pb2.DType, str]] = ..., pid: _Optional[int] = ..., num_blocks: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., stats: _Optional[_Union[WorkerStats, _Mapping]] = ..., load_fraction: _Optional[float] = ..., draining: bool = ..., error: _Optional[str] = ...) -> None: ...
 
 class PipelineStatus(_message.Message):
-    __slots__ = ("pipeline_id", "epoch", "worker_ids", "serving", "num_blocks", "num_free_blocks", "num_cached_blocks", "num_running", "steps_in_flight", "steps_done", "mean_timings")
+    __slots__ = ("pipeline_id", "epoch", "worker_ids", "serving", "num_blocks", "num_free_blocks", "num_cached_blocks", "num_running", "steps_in_flight", "steps_done", "mean_timings", "num_lacking_tokens", "mending")
     PIPELINE_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     WORKER_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -470,6 +522,8 @@ class PipelineStatus(_message.Message):
     STEPS_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     STEPS_DONE_FIELD_NUMBER: _ClassVar[int]
     MEAN_TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    NUM_LACKING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MENDING_FIELD_NUMBER: _ClassVar[int]
     pipeline_id: str
     epoch: _plan_pb2.Epoch
     worker_ids: _containers.RepeatedScalarFieldContainer[str]
@@ -481,7 +535,25 @@ class PipelineStatus(_message.Message):
     steps_in_flight: int
     steps_done: int
     mean_timings: _containers.RepeatedCompositeFieldContainer[_plan_pb2.HopTiming]
-    def __init__(self, pipeline_id: _Optional[str] = ..., epoch: _Optional[_Union[_plan_pb2.Epoch, _Mapping]] = ..., worker_ids: _Optional[_Iterable[str]] = ..., serving: bool = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_cached_blocks: _Optional[int] = ..., num_running: _Optional[int] = ..., steps_in_flight: _Optional[int] = ..., steps_done: _Optional[int] = ..., mean_timings: _Optional[_Iterable[_Union[_plan_pb2.HopTiming, _Mapping]]] = ...) -> None: ...
+    num_lacking_tokens: int
+    mending: MendingStatus
+    def __init__(self, pipeline_id: _Optional[str] = ..., epoch: _Optional[_Union[_plan_pb2.Epoch, _Mapping]] = ..., worker_ids: _Optional[_Iterable[str]] = ..., serving: bool = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_cached_blocks: _Optional[int] = ..., num_running: _Optional[int] = ..., steps_in_flight: _Optional[int] = ..., steps_done: _Optional[int] = ..., mean_timings: _Optional[_Iterable[_Union[_plan_pb2.HopTiming, _Mapping]]] = ..., num_lacking_tokens: _Optional[int] = ..., mending: _Optional[_Union[MendingStatus, _Mapping]] = ...) -> None: ...
+
+class MendingStatus(_message.Message):
+    __slots__ = ("reason", "fill_ns", "join_ns", "rebuild_ns", "num_tokens_rebuilt", "num_blocks_moved")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    FILL_NS_FIELD_NUMBER: _ClassVar[int]
+    JOIN_NS_FIELD_NUMBER: _ClassVar[int]
+    REBUILD_NS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_REBUILT_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_MOVED_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    fill_ns: int
+    join_ns: int
+    rebuild_ns: int
+    num_tokens_rebuilt: int
+    num_blocks_moved: int
+    def __init__(self, reason: _Optional[str] = ..., fill_ns: _Optional[int] = ..., join_ns: _Optional[int] = ..., rebuild_ns: _Optional[int] = ..., num_tokens_rebuilt: _Optional[int] = ..., num_blocks_moved: _Optional[int] = ...) -> None: ...
 
 class QueueStatus(_message.Message):
     __slots__ = ("num_waiting", "num_running", "num_accepted", "num_finished", "num_refused", "num_aborted", "num_failed", "num_preempted", "generated_tokens", "prompt_tokens", "cached_prompt_tokens", "generated_tokens_per_s", "prompt_tokens_per_s")

@@ -49,6 +49,11 @@ class SchedulerStub(object):
                 request_serializer=protos_dot_mesh__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=protos_dot_mesh__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
+        self.DrainWorker = channel.unary_unary(
+                '/stagemesh.v1.Scheduler/DrainWorker',
+                request_serializer=protos_dot_mesh__pb2.DrainWorkerRequest.SerializeToString,
+                response_deserializer=protos_dot_mesh__pb2.DrainWorkerResponse.FromString,
+                _registered_method=True)
 
 
 class SchedulerServicer(object):
@@ -74,6 +79,13 @@ class SchedulerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DrainWorker(self, request, context):
+        """Hands a worker's span over and has the worker leave. Answers once nothing depends on it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SchedulerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -91,6 +103,11 @@ def add_SchedulerServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=protos_dot_mesh__pb2.GetStatusRequest.FromString,
                     response_serializer=protos_dot_mesh__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'DrainWorker': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainWorker,
+                    request_deserializer=protos_dot_mesh__pb2.DrainWorkerRequest.FromString,
+                    response_serializer=protos_dot_mesh__pb2.DrainWorkerResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -174,6 +191,33 @@ class Scheduler(object):
             '/stagemesh.v1.Scheduler/GetStatus',
             protos_dot_mesh__pb2.GetStatusRequest.SerializeToString,
             protos_dot_mesh__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainWorker(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stagemesh.v1.Scheduler/DrainWorker',
+            protos_dot_mesh__pb2.DrainWorkerRequest.SerializeToString,
+            protos_dot_mesh__pb2.DrainWorkerResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11protos/plan.proto\x12\x0cstagemesh.v1\" \n\x05\x45poch\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\t\n\x01n\x18\x02 \x01(\x04\"\x99\x01\n\x04Step\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\x12\"\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x13.stagemesh.v1.Epoch\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12)\n\x06\x66orget\x18\x04 \x03(\x0b\x32\x19.stagemesh.v1.SequenceRun\x12\x1f\n\x04rows\x18\x05 \x03(\x0b\x32\x11.stagemesh.v1.Row\"/\n\x0bSequenceRun\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x0b\n\x03run\x18\x02 \x01(\r\"\xda\x02\n\x03Row\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x0b\n\x03run\x18\x02 \x01(\r\x12\r\n\x05start\x18\x03 \x01(\r\x12\x12\n\nnum_tokens\x18\x04 \x01(\r\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12\x30\n\rblock_updates\x18\x06 \x03(\x0b\x32\x19.stagemesh.v1.BlockUpdate\x12\x18\n\x10sample_positions\x18\x07 \x03(\r\x12\x19\n\x11logprob_positions\x18\x08 \x03(\r\x12\x13\n\x0b\x66irst_stage\x18\t \x01(\r\x12\x11\n\tend_stage\x18\n \x01(\r\x12$\n\x17input_from_log_of_stage\x18\x0b \x01(\rH\x00\x88\x01\x01\x12*\n\x05state\x18\x0c \x01(\x0b\x32\x1b.stagemesh.v1.SequenceStateB\x1a\n\x18_input_from_log_of_stage\"5\n\x0b\x42lockUpdate\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12\x11\n\tblock_ids\x18\x02 \x03(\r\"\x87\x01\n\rSequenceState\x12\x18\n\x10prompt_token_ids\x18\x01 \x03(\r\x12\x18\n\x10output_token_ids\x18\x02 \x03(\r\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.stagemesh.v1.SamplingSpec\x12\x14\n\x0ctotal_length\x18\x04 \x01(\r\"\xb2\x03\n\x0cSamplingSpec\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12=\n\nlogit_bias\x18\x08 \x03(\x0b\x32).stagemesh.v1.SamplingSpec.LogitBiasEntry\x12\x0c\n\x04seed\x18\t \x01(\x04\x12\x12\n\nmin_tokens\x18\n \x01(\r\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x19\n\x0cnum_logprobs\x18\x0c \x01(\rH\x00\x88\x01\x01\x12 \n\x13num_prompt_logprobs\x18\r \x01(\rH\x01\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0f\n\r_num_logprobsB\x16\n\x14_num_prompt_logprobs\"\xa4\x01\n\nStepResult\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\x12\"\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x13.stagemesh.v1.Epoch\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12%\n\x04rows\x18\x04 \x03(\x0b\x32\x17.stagemesh.v1.RowResult\x12(\n\x07timings\x18\x05 \x03(\x0b\x32\x17.stagemesh.v1.HopTiming\"\xb6\x01\n\tRowResult\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x0b\n\x03run\x18\x02 \x01(\r\x12+\n\x07sampled\x18\x03 \x03(\x0b\x32\x1a.stagemesh.v1.SampledToken\x12\x33\n\x0fprompt_logprobs\x18\x04 \x03(\x0b\x32\x1a.stagemesh.v1.SampledToken\x12%\n\x05\x65rror\x18\x05 \x01(\x0e\x32\x16.stagemesh.v1.RowError\"\x8b\x01\n\x0cSampledToken\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12\x14\n\x07logprob\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\x17\n\x0f\x61lternative_ids\x18\x04 \x03(\r\x12\x1c\n\x14\x61lternative_logprobs\x18\x05 \x03(\x02\x42\n\n\x08_logprob\"\x93\x01\n\tHopTiming\x12\r\n\x05stage\x18\x01 \x01(\r\x12\x12\n\nreceive_ns\x18\x02 \x01(\x04\x12\x10\n\x08queue_ns\x18\x03 \x01(\x04\x12\x12\n\ncompute_ns\x18\x04 \x01(\x04\x12\x14\n\x0cserialise_ns\x18\x05 \x01(\x04\x12\x0f\n\x07idle_ns\x18\x06 \x01(\x04\x12\x16\n\x0ereceived_bytes\x18\x07 \x01(\x04\"\xbd\x02\n\x0b\x46rameHeader\x12*\n\x05hello\x18\x01 \x01(\x0b\x32\x19.stagemesh.v1.StreamHelloH\x00\x12(\n\x04step\x18\x02 \x01(\x0b\x32\x18.stagemesh.v1.StepHeaderH\x00\x12\x32\n\x0c\x63ontinuation\x18\x03 \x01(\x0b\x32\x1a.stagemesh.v1.ContinuationH\x00\x12*\n\x06result\x18\x04 \x01(\x0b\x32\x18.stagemesh.v1.StepResultH\x00\x12\"\n\x04ping\x18\x05 \x01(\x0b\x32\x12.stagemesh.v1.PingH\x00\x12\"\n\x04pong\x18\x06 \x01(\x0b\x32\x12.stagemesh.v1.PingH\x00\x12(\n\x07refusal\x18\x07 \x01(\x0b\x32\x15.stagemesh.v1.RefusalH\x00\x42\x06\n\x04kind\"\x85\x01\n\x0bStreamHello\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\x12\"\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x13.stagemesh.v1.Epoch\x12\x10\n\x08to_stage\x18\x03 \x01(\r\x12\x11\n\tsender_id\x18\x04 \x01(\t\x12\x18\n\x10protocol_version\x18\x05 \x01(\r\"\xbc\x01\n\nStepHeader\x12 \n\x04step\x18\x01 \x01(\x0b\x32\x12.stagemesh.v1.Step\x12\"\n\x05\x64type\x18\x02 \x01(\x0e\x32\x13.stagemesh.v1.DType\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12\x15\n\rpayload_bytes\x18\x05 \x01(\x04\x12(\n\x07timings\x18\x06 \x03(\x0b\x32\x17.stagemesh.v1.HopTiming\"2\n\x0c\x43ontinuation\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\x04\"\x15\n\x04Ping\x12\r\n\x05nonce\x18\x01 \x01(\x04\"-\n\x07Refusal\x12\"\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x13.stagemesh.v1.Error\"&\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t*?\n\x08RowError\x12\x19\n\x15ROW_ERROR_UNSPECIFIED\x10\x00\x12\x18\n\x14ROW_ERROR_NOT_FINITE\x10\x01*X\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x02\x12\x11\n\rDTYPE_FLOAT16\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11protos/plan.proto\x12\x0cstagemesh.v1\" \n\x05\x45poch\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\t\n\x01n\x18\x02 \x01(\x04\"\x99\x01\n\x04Step\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\x12\"\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x13.stagemesh.v1.Epoch\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12)\n\x06\x66orget\x18\x04 \x03(\x0b\x32\x19.stagemesh.v1.SequenceRun\x12\x1f\n\x04rows\x18\x05 \x03(\x0b\x32\x11.stagemesh.v1.Row\"/\n\x0bSequenceRun\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x0b\n\x03run\x18\x02 \x01(\r\"\xf7\x02\n\x03Row\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x0b\n\x03run\x18\x02 \x01(\r\x12\r\n\x05start\x18\x03 \x01(\r\x12\x12\n\nnum_tokens\x18\x04 \x01(\r\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12\x30\n\rblock_updates\x18\x06 \x03(\x0b\x32\x19.stagemesh.v1.BlockUpdate\x12\x18\n\x10sample_positions\x18\x07 \x03(\r\x12\x19\n\x11logprob_positions\x18\x08 \x03(\r\x12\x13\n\x0b\x66irst_stage\x18\t \x01(\r\x12\x11\n\tend_stage\x18\n \x01(\r\x12$\n\x17input_from_log_of_stage\x18\x0b \x01(\rH\x00\x88\x01\x01\x12*\n\x05state\x18\x0c \x01(\x0b\x32\x1b.stagemesh.v1.SequenceState\x12\x1b\n\x13\x66irst_writing_stage\x18\r \x01(\rB\x1a\n\x18_input_from_log_of_stage\"5\n\x0b\x42lockUpdate\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12\x11\n\tblock_ids\x18\x02 \x03(\r\"\x87\x01\n\rSequenceState\x12\x18\n\x10prompt_token_ids\x18\x01 \x03(\r\x12\x18\n\x10output_token_ids\x18\x02 \x03(\r\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.stagemesh.v1.SamplingSpec\x12\x14\n\x0ctotal_length\x18\x04 \x01(\r\"\xb2\x03\n\x0cSamplingSpec\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12=\n\nlogit_bias\x18\x08 \x03(\x0b\x32).stagemesh.v1.SamplingSpec.LogitBiasEntry\x12\x0c\n\x04seed\x18\t \x01(\x04\x12\x12\n\nmin_tokens\x18\n \x01(\r\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x19\n\x0cnum_logprobs\x18\x0c \x01(\rH\x00\x88\x01\x01\x12 \n\x13num_prompt_logprobs\x18\r \x01(\rH\x01\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0f\n\r_num_logprobsB\x16\n\x14_num_prompt_logprobs\"\xa4\x01\n\nStepResult\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\x12\"\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x13.stagemesh.v1.Epoch\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12%\n\x04rows\x18\x04 \x03(\x0b\x32\x17.stagemesh.v1.RowResult\x12(\n\x07timings\x18\x05 \x03(\x0b\x32\x17.stagemesh.v1.HopTiming\"\xb6\x01\n\tRowResult\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x0b\n\x03run\x18\x02 \x01(\r\x12+\n\x07sampled\x18\x03 \x03(\x0b\x32\x1a.stagemesh.v1.SampledToken\x12\x33\n\x0fprompt_logprobs\x18\x04 \x03(\x0b\x32\x1a.stagemesh.v1.SampledToken\x12%\n\x05\x65rror\x18\x05 \x01(\x0e\x32\x16.stagemesh.v1.RowError\"\x8b\x01\n\x0cSampledToken\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12\x14\n\x07logprob\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\x17\n\x0f\x61lternative_ids\x18\x04 \x03(\r\x12\x1c\n\x14\x61lternative_logprobs\x18\x05 \x03(\x02\x42\n\n\x08_logprob\"\x93\x01\n\tHopTiming\x12\r\n\x05stage\x18\x01 \x01(\r\x12\x12\n\nreceive_ns\x18\x02 \x01(\x04\x12\x10\n\x08queue_ns\x18\x03 \x01(\x04\x12\x12\n\ncompute_ns\x18\x04 \x01(\x04\x12\x14\n\x0cserialise_ns\x18\x05 \x01(\x04\x12\x0f\n\x07idle_ns\x18\x06 \x01(\x04\x12\x16\n\x0ereceived_bytes\x18\x07 \x01(\x04\"\x98\x03\n\x0b\x46rameHeader\x12*\n\x05hello\x18\x01 \x01(\x0b\x32\x19.stagemesh.v1.StreamHelloH\x00\x12(\n\x04step\x18\x02 \x01(\x0b\x32\x18.stagemesh.v1.StepHeaderH\x00\x12\x32\n\x0c\x63ontinuation\x18\x03 \x01(\x0b\x32\x1a.stagemesh.v1.ContinuationH\x00\x12*\n\x06result\x18\x04 \x01(\x0b\x32\x18.stagemesh.v1.StepResultH\x00\x12\"\n\x04ping\x18\x05 \x01(\x0b\x32\x12.stagemesh.v1.PingH\x00\x12\"\n\x04pong\x18\x06 \x01(\x0b\x32\x12.stagemesh.v1.PingH\x00\x12(\n\x07refusal\x18\x07 \x01(\x0b\x32\x15.stagemesh.v1.RefusalH\x00\x12\x33\n\rpages_request\x18\x08 \x01(\x0b\x32\x1a.stagemesh.v1.PagesRequestH\x00\x12$\n\x05pages\x18\t \x01(\x0b\x32\x13.stagemesh.v1.PagesH\x00\x42\x06\n\x04kind\"\x85\x01\n\x0bStreamHello\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\x12\"\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x13.stagemesh.v1.Epoch\x12\x10\n\x08to_stage\x18\x03 \x01(\r\x12\x11\n\tsender_id\x18\x04 \x01(\t\x12\x18\n\x10protocol_version\x18\x05 \x01(\r\"\xbc\x01\n\nStepHeader\x12 \n\x04step\x18\x01 \x01(\x0b\x32\x12.stagemesh.v1.Step\x12\"\n\x05\x64type\x18\x02 \x01(\x0e\x32\x13.stagemesh.v1.DType\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12\x15\n\rpayload_bytes\x18\x05 \x01(\x04\x12(\n\x07timings\x18\x06 \x03(\x0b\x32\x17.stagemesh.v1.HopTiming\"2\n\x0c\x43ontinuation\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\x04\"\x15\n\x04Ping\x12\r\n\x05nonce\x18\x01 \x01(\x04\"-\n\x07Refusal\x12\"\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x13.stagemesh.v1.Error\"\x9c\x01\n\x0cPagesRequest\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\x12\"\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x13.stagemesh.v1.Epoch\x12\x13\n\x0bstart_layer\x18\x03 \x01(\r\x12\x11\n\tend_layer\x18\x04 \x01(\r\x12\x11\n\tblock_ids\x18\x05 \x03(\r\x12\x18\n\x10protocol_version\x18\x06 \x01(\r\"\x83\x01\n\x05Pages\x12\x11\n\tblock_ids\x18\x01 \x03(\r\x12\"\n\x05\x64type\x18\x02 \x01(\x0e\x32\x13.stagemesh.v1.DType\x12\x16\n\x0ekv_block_bytes\x18\x03 \x01(\r\x12\x17\n\x0flog_block_bytes\x18\x04 \x01(\r\x12\x12\n\nnum_logged\x18\x05 \x01(\r\"&\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t*?\n\x08RowError\x12\x19\n\x15ROW_ERROR_UNSPECIFIED\x10\x00\x12\x18\n\x14ROW_ERROR_NOT_FINITE\x10\x01*X\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x02\x12\x11\n\rDTYPE_FLOAT16\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,10 +33,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGSPEC_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGSPEC_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_ROWERROR']._serialized_start=2706
-  _globals['_ROWERROR']._serialized_end=2769
-  _globals['_DTYPE']._serialized_start=2771
-  _globals['_DTYPE']._serialized_end=2859
+  _globals['_ROWERROR']._serialized_start=3119
+  _globals['_ROWERROR']._serialized_end=3182
+  _globals['_DTYPE']._serialized_start=3184
+  _globals['_DTYPE']._serialized_end=3272
   _globals['_EPOCH']._serialized_start=35
   _globals['_EPOCH']._serialized_end=67
   _globals['_STEP']._serialized_start=70
@@ -44,35 +44,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SEQUENCERUN']._serialized_start=225
   _globals['_SEQUENCERUN']._serialized_end=272
   _globals['_ROW']._serialized_start=275
-  _globals['_ROW']._serialized_end=621
-  _globals['_BLOCKUPDATE']._serialized_start=623
-  _globals['_BLOCKUPDATE']._serialized_end=676
-  _globals['_SEQUENCESTATE']._serialized_start=679
-  _globals['_SEQUENCESTATE']._serialized_end=814
-  _globals['_SAMPLINGSPEC']._serialized_start=817
-  _globals['_SAMPLINGSPEC']._serialized_end=1251
-  _globals['_SAMPLINGSPEC_LOGITBIASENTRY']._serialized_start=1162
-  _globals['_SAMPLINGSPEC_LOGITBIASENTRY']._serialized_end=1210
-  _globals['_STEPRESULT']._serialized_start=1254
-  _globals['_STEPRESULT']._serialized_end=1418
-  _globals['_ROWRESULT']._serialized_start=1421
-  _globals['_ROWRESULT']._serialized_end=1603
-  _globals['_SAMPLEDTOKEN']._serialized_start=1606
-  _globals['_SAMPLEDTOKEN']._serialized_end=1745
-  _globals['_HOPTIMING']._serialized_start=1748
-  _globals['_HOPTIMING']._serialized_end=1895
-  _globals['_FRAMEHEADER']._serialized_start=1898
-  _globals['_FRAMEHEADER']._serialized_end=2215
-  _globals['_STREAMHELLO']._serialized_start=2218
-  _globals['_STREAMHELLO']._serialized_end=2351
-  _globals['_STEPHEADER']._serialized_start=2354
-  _globals['_STEPHEADER']._serialized_end=2542
-  _globals['_CONTINUATION']._serialized_start=2544
-  _globals['_CONTINUATION']._serialized_end=2594
-  _globals['_PING']._serialized_start=2596
-  _globals['_PING']._serialized_end=2617
-  _globals['_REFUSAL']._serialized_start=2619
-  _globals['_REFUSAL']._serialized_end=2664
-  _globals['_ERROR']._serialized_start=2666
-  _globals['_ERROR']._serialized_end=2704
+  _globals['_ROW']._serialized_end=650
+  _globals['_BLOCKUPDATE']._serialized_start=652
+  _globals['_BLOCKUPDATE']._serialized_end=705
+  _globals['_SEQUENCESTATE']._serialized_start=708
+  _globals['_SEQUENCESTATE']._serialized_end=843
+  _globals['_SAMPLINGSPEC']._serialized_start=846
+  _globals['_SAMPLINGSPEC']._serialized_end=1280
+  _globals['_SAMPLINGSPEC_LOGITBIASENTRY']._serialized_start=1191
+  _globals['_SAMPLINGSPEC_LOGITBIASENTRY']._serialized_end=1239
+  _globals['_STEPRESULT']._serialized_start=1283
+  _globals['_STEPRESULT']._serialized_end=1447
+  _globals['_ROWRESULT']._serialized_start=1450
+  _globals['_ROWRESULT']._serialized_end=1632
+  _globals['_SAMPLEDTOKEN']._serialized_start=1635
+  _globals['_SAMPLEDTOKEN']._serialized_end=1774
+  _globals['_HOPTIMING']._serialized_start=1777
+  _globals['_HOPTIMING']._serialized_end=1924
+  _globals['_FRAMEHEADER']._serialized_start=1927
+  _globals['_FRAMEHEADER']._serialized_end=2335
+  _globals['_STREAMHELLO']._serialized_start=2338
+  _globals['_STREAMHELLO']._serialized_end=2471
+  _globals['_STEPHEADER']._serialized_start=2474
+  _globals['_STEPHEADER']._serialized_end=2662
+  _globals['_CONTINUATION']._serialized_start=2664
+  _globals['_CONTINUATION']._serialized_end=2714
+  _globals['_PING']._serialized_start=2716
+  _globals['_PING']._serialized_end=2737
+  _globals['_REFUSAL']._serialized_start=2739
+  _globals['_REFUSAL']._serialized_end=2784
+  _globals['_PAGESREQUEST']._serialized_start=2787
+  _globals['_PAGESREQUEST']._serialized_end=2943
+  _globals['_PAGES']._serialized_start=2946
+  _globals['_PAGES']._serialized_end=3077
+  _globals['_ERROR']._serialized_start=3079
+  _globals['_ERROR']._serialized_end=3117
 # @@protoc_insertion_point(module_scope)

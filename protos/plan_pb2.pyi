@@ -56,7 +56,7 @@ class SequenceRun(_message.Message):
     def __init__(self, sequence_id: _Optional[int] = ..., run: _Optional[int] = ...) -> None: ...
 
 class Row(_message.Message):
-    __slots__ = ("sequence_id", "run", "start", "num_tokens", "token_ids", "block_updates", "sample_positions", "logprob_positions", "first_stage", "end_stage", "input_from_log_of_stage", "state")
+    __slots__ = ("sequence_id", "run", "start", "num_tokens", "token_ids", "block_updates", "sample_positions", "logprob_positions", "first_stage", "end_stage", "input_from_log_of_stage", "state", "first_writing_stage")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
@@ -69,6 +69,7 @@ class Row(_message.Message):
     END_STAGE_FIELD_NUMBER: _ClassVar[int]
     INPUT_FROM_LOG_OF_STAGE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_WRITING_STAGE_FIELD_NUMBER: _ClassVar[int]
     sequence_id: int
     run: int
     start: int
@@ -81,7 +82,8 @@ class Row(_message.Message):
     end_stage: int
     input_from_log_of_stage: int
     state: SequenceState
-    def __init__(self, sequence_id: _Optional[int] = ..., run: _Optional[int] = ..., start: _Optional[int] = ..., num_tokens: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., block_updates: _Optional[_Iterable[_Union[BlockUpdate, _Mapping]]] = ..., sample_positions: _Optional[_Iterable[int]] = ..., logprob_positions: _Optional[_Iterable[int]] = ..., first_stage: _Optional[int] = ..., end_stage: _Optional[int] = ..., input_from_log_of_stage: _Optional[int] = ..., state: _Optional[_Union[SequenceState, _Mapping]] = ...) -> None: ...
+    first_writing_stage: int
+    def __init__(self, sequence_id: _Optional[int] = ..., run: _Optional[int] = ..., start: _Optional[int] = ..., num_tokens: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., block_updates: _Optional[_Iterable[_Union[BlockUpdate, _Mapping]]] = ..., sample_positions: _Optional[_Iterable[int]] = ..., logprob_positions: _Optional[_Iterable[int]] = ..., first_stage: _Optional[int] = ..., end_stage: _Optional[int] = ..., input_from_log_of_stage: _Optional[int] = ..., state: _Optional[_Union[SequenceState, _Mapping]] = ..., first_writing_stage: _Optional[int] = ...) -> None: ...
 
 class BlockUpdate(_message.Message):
     __slots__ = ("first_index", "block_ids")
@@ -201,7 +203,7 @@ class HopTiming(_message.Message):
     def __init__(self, stage: _Optional[int] = ..., receive_ns: _Optional[int] = ..., queue_ns: _Optional[int] = ..., compute_ns: _Optional[int] = ..., serialise_ns: _Optional[int] = ..., idle_ns: _Optional[int] = ..., received_bytes: _Optional[int] = ...) -> None: ...
 
 class FrameHeader(_message.Message):
-    __slots__ = ("hello", "step", "continuation", "result", "ping", "pong", "refusal")
+    __slots__ = ("hello", "step", "continuation", "result", "ping", "pong", "refusal", "pages_request", "pages")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     CONTINUATION_FIELD_NUMBER: _ClassVar[int]
@@ -209,6 +211,8 @@ class FrameHeader(_message.Message):
     PING_FIELD_NUMBER: _ClassVar[int]
     PONG_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    PAGES_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FIELD_NUMBER: _ClassVar[int]
     hello: StreamHello
     step: StepHeader
     continuation: Continuation
@@ -216,7 +220,9 @@ class FrameHeader(_message.Message):
     ping: Ping
     pong: Ping
     refusal: Refusal
-    def __init__(self, hello: _Optional[_Union[StreamHello, _Mapping]] = ..., step: _Optional[_Union[StepHeader, _Mapping]] = ..., continuation: _Optional[_Union[Continuation, _Mapping]] = ..., result: _Optional[_Union[StepResult, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pong: _Optional[_Union[Ping, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
+    pages_request: PagesRequest
+    pages: Pages
+    def __init__(self, hello: _Optional[_Union[StreamHello, _Mapping]] = ..., step: _Optional[_Union[StepHeader, _Mapping]] = ..., continuation: _Optional[_Union[Continuation, _Mapping]] = ..., result: _Optional[_Union[StepResult, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pong: _Optional[_Union[Ping, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., pages_request: _Optional[_Union[PagesRequest, _Mapping]] = ..., pages: _Optional[_Union[Pages, _Mapping]] = ...) -> None: ...
 
 class StreamHello(_message.Message):
     __slots__ = ("pipeline_id", "epoch", "to_stage", "sender_id", "protocol_version")
@@ -267,6 +273,36 @@ class Refusal(_message.Message):
     ERROR_FIELD_NUMBER: _ClassVar[int]
     error: Error
     def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
+
+class PagesRequest(_message.Message):
+    __slots__ = ("pipeline_id", "epoch", "start_layer", "end_layer", "block_ids", "protocol_version")
+    PIPELINE_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    START_LAYER_FIELD_NUMBER: _ClassVar[int]
+    END_LAYER_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    pipeline_id: str
+    epoch: Epoch
+    start_layer: int
+    end_layer: int
+    block_ids: _containers.RepeatedScalarFieldContainer[int]
+    protocol_version: int
+    def __init__(self, pipeline_id: _Optional[str] = ..., epoch: _Optional[_Union[Epoch, _Mapping]] = ..., start_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., protocol_version: _Optional[int] = ...) -> None: ...
+
+class Pages(_message.Message):
+    __slots__ = ("block_ids", "dtype", "kv_block_bytes", "log_block_bytes", "num_logged")
+    BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LOG_BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_LOGGED_FIELD_NUMBER: _ClassVar[int]
+    block_ids: _containers.RepeatedScalarFieldContainer[int]
+    dtype: DType
+    kv_block_bytes: int
+    log_block_bytes: int
+    num_logged: int
+    def __init__(self, block_ids: _Optional[_Iterable[int]] = ..., dtype: _Optional[_Union[DType, str]] = ..., kv_block_bytes: _Optional[int] = ..., log_block_bytes: _Optional[int] = ..., num_logged: _Optional[int] = ...) -> None: ...
 
 class Error(_message.Message):
     __slots__ = ("code", "message")

@@ -66,6 +66,7 @@ def loaded_from_proto(message: mesh_pb2.SpanLoaded) -> LoadedSpan:
         weight_bytes=message.weight_bytes,
         kv_block_bytes=message.kv_block_bytes,
         load_ns=message.load_ns,
+        num_log_blocks=message.num_log_blocks,
     )
 
 

@@ -28,7 +28,8 @@ from scheduler.messages import (
     FailOldestStep,
     OpenStream,
     RemovePipeline,
-    RestartPipeline,
+    ResumePipeline,
+    SuspendPipeline,
     ToWorker,
 )
 from stagemesh.errors import InternalError, StageMeshError
@@ -139,8 +140,10 @@ class Driver:
                 links.close(pipeline_id, epoch)
             case AddPipeline(facts):
                 self.core.add_pipeline(facts, now_ns)
-            case RestartPipeline(pipeline_id, epoch):
-                self.core.restart_epoch(pipeline_id, epoch, now_ns)
+            case SuspendPipeline(pipeline_id):
+                self.core.suspend_pipeline(pipeline_id, now_ns)
+            case ResumePipeline(facts, lost_stages):
+                self.core.resume_pipeline(facts, lost_stages, now_ns)
             case FailOldestStep(pipeline_id, error):
                 self.core.fail_oldest_step(pipeline_id, error, now_ns)
             case RemovePipeline(pipeline_id):

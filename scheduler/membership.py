@@ -15,7 +15,14 @@ import structlog
 from scheduler.agreement import MeshModel
 from scheduler.formation import Formation, other_block_sizes
 from scheduler.limits import MembershipLimits
-from scheduler.messages import AddPipeline, Effect, EndSession, LoadedSpan, Registration
+from scheduler.messages import (
+    AddPipeline,
+    Effect,
+    EndSession,
+    LoadedSpan,
+    Registration,
+    ResumePipeline,
+)
 from scheduler.pipelines import MeshPipeline
 from scheduler.placement import check_num_stages, check_span
 from scheduler.roster import Roster
@@ -256,8 +263,9 @@ class Membership:
         if not pipeline.has_joined:
             return
         self.model.pin()
-        if pipeline.serve():
-            self._effects.append(AddPipeline(pipeline.facts(self.model, self.max_model_len)))
+        is_new = pipeline.serve()
+        facts = pipeline.facts(self.model, self.max_model_len)
+        self._effects.append(AddPipeline(facts) if is_new else ResumePipeline(facts))
         log.info("a pipeline serves", pipeline=pipeline.pipeline_id, n=pipeline.epoch.n)
 
     def _end_late_join(self, pipeline: MeshPipeline, now_ns: int) -> None:

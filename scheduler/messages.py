@@ -22,6 +22,7 @@ class LoadedSpan:
     weight_bytes: int = 0
     kv_block_bytes: int = 0
     load_ns: int = 0
+    num_log_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,8 @@ class JoinEpoch:
     next_address: str
     num_blocks: int
     keep_kv: bool
+    # Where pages of the pipeline's blocks in use are to be fetched; the driver knows which.
+    pages_from: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +112,18 @@ class AddPipeline:
 
 
 @dataclass(frozen=True, slots=True)
-class RestartPipeline:
-    """All members have joined a new epoch with the KV that they had."""
+class SuspendPipeline:
+    """The epoch ended: no step is sent until the pipeline is resumed or removed."""
 
     pipeline_id: str
-    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class ResumePipeline:
+    """All members have joined a new epoch. The KV of `lost_stages` is gone, others keep theirs."""
+
+    facts: PipelineFacts
+    lost_stages: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +147,8 @@ Effect = (
     | OpenStream
     | CloseStream
     | AddPipeline
-    | RestartPipeline
+    | SuspendPipeline
+    | ResumePipeline
     | FailOldestStep
     | RemovePipeline
 )

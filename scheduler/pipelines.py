@@ -23,7 +23,7 @@ from scheduler.messages import (
     LoadedSpan,
     OpenStream,
     RemovePipeline,
-    RestartPipeline,
+    SuspendPipeline,
     ToWorker,
 )
 from scheduler.workers import Worker
@@ -185,8 +185,6 @@ class MeshPipeline:
     def serve(self) -> bool:
         """Everybody has joined. Returns whether the core must take the pipeline as a new one."""
         is_new = self._kv_owners is None
-        if not is_new:
-            self._emit(RestartPipeline(self.pipeline_id, self.epoch))
         self._kv_owners = self._owners()
         self.phase = Phase.SERVING
         self.has_served = True
@@ -209,6 +207,8 @@ class MeshPipeline:
                 undone = InternalError(f"the mesh could not execute the request: {error}")
                 self._emit(FailOldestStep(self.pipeline_id, undone))
             self.drop_kv()
+        if was_serving:
+            self._emit(SuspendPipeline(self.pipeline_id))
 
     def step_done(self) -> None:
         """The epoch is worth something: whatever went wrong before is forgiven."""

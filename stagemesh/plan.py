@@ -63,7 +63,9 @@ class Row:
     `start` also truncates: whatever a stage holds of the sequence at or after it is overwritten.
     `token_ids` has num_tokens entries where `input_from_log_of_stage` is None, else none.
     `sample_positions` are absolute; the token sampled after position p stands at p + 1.
-    Stages [first_stage, end_stage) execute the row.
+    Stages [first_stage, end_stage) execute the row; those before `first_writing_stage` have its KV
+    and do not write it. Its input comes from the log of what the stage before `first_stage` sent
+    where `input_from_log_of_stage` names it. State and block updates concern every stage.
     """
 
     sequence_id: int
@@ -78,6 +80,7 @@ class Row:
     logprob_positions: tuple[int, ...] = ()
     input_from_log_of_stage: int | None = None
     state: SequenceState | None = None
+    first_writing_stage: int = 0
 
 
 @dataclass(frozen=True, slots=True)

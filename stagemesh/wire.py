@@ -165,6 +165,7 @@ def row_to_proto(row: Row) -> plan_pb2.Row:
         end_stage=row.end_stage,
         input_from_log_of_stage=row.input_from_log_of_stage,
         state=None if row.state is None else sequence_state_to_proto(row.state),
+        first_writing_stage=row.first_writing_stage,
     )
 
 
@@ -185,6 +186,7 @@ def row_from_proto(message: plan_pb2.Row) -> Row:
         logprob_positions=tuple(message.logprob_positions),
         input_from_log_of_stage=message.input_from_log_of_stage if has_log else None,
         state=sequence_state_from_proto(message.state) if has_state else None,
+        first_writing_stage=message.first_writing_stage,
     )
 
 

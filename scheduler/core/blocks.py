@@ -40,6 +40,11 @@ class BlockPool:
     def num_owners(self, block_id: int) -> int:
         return self._num_owners[block_id]
 
+    def blocks_in_use(self) -> tuple[int, ...]:
+        """Blocks that are owned or cached, in order."""
+        owned = (block_id for block_id, num in enumerate(self._num_owners) if num > 0)
+        return tuple(sorted([*owned, *self._cached]))
+
     def allocate(self, num_blocks: int) -> list[int]:
         """Blocks for one new owner; cached content is forgotten, least recently used first."""
         assert num_blocks <= self.num_free, "the caller asks num_free first"

@@ -18,7 +18,8 @@ class PipelineFacts:
     """What was found out about a pipeline when it formed.
 
     `num_blocks` is the smallest stage's. `max_model_len` is in tokens. KV of requests longer than
-    `dynamic_rope_length` depends on their total length; 0 for never.
+    `dynamic_rope_length` depends on their total length; 0 for never. Stage i logs what it sends for
+    blocks [0, num_log_blocks[i]); empty: no stage keeps a log.
 
     Raises ConfigError.
     """
@@ -31,6 +32,7 @@ class PipelineFacts:
     max_model_len: int
     model_identity: str
     dynamic_rope_length: int = 0
+    num_log_blocks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("num_stages", "num_blocks", "block_size_tokens", "max_model_len"):
@@ -84,6 +86,7 @@ class Pipeline:
         self.next_step = 0
         self.num_steps_done = 0
         self.recent_timings: deque[tuple[HopTiming, ...]] = deque(maxlen=_NUM_RECENT_TIMINGS)
+        self.is_suspended = False
 
     @property
     def pipeline_id(self) -> str:
@@ -92,7 +95,7 @@ class Pipeline:
     @property
     def num_step_slots(self) -> int:
         """Steps that may be sent now."""
-        return self.max_steps_in_flight - len(self.in_flight)
+        return 0 if self.is_suspended else self.max_steps_in_flight - len(self.in_flight)
 
     def prefix_hits(self, sequence: Sequence) -> list[tuple[int, ...]]:
         """Blocks that hold a beginning of the sequence: one per cache group for each entry."""
@@ -165,15 +168,21 @@ class Pipeline:
         for block_id in block_ids:
             self.pool.forget(block_id)
 
-    def restart(self, epoch: Epoch) -> None:
-        """The same workers, a new epoch: acknowledged KV stays, steps in flight are undone.
+    def suspend(self) -> None:
+        """The epoch ended: acknowledged KV stays, steps in flight are undone, none is planned.
 
         What they were to forget is said again, since nobody knows which stages heard it.
         """
-        assert epoch > self.epoch, f"epoch {epoch} does not follow {self.epoch}"
+        self.is_suspended = True
         self.to_forget[:0] = [run for step in self.in_flight for run in step.forget]
         self.in_flight.clear()
-        self.epoch = epoch
-        self.next_step = 0
         for sequence in self.running.values():
             sequence.rewind()
+
+    def resume(self, facts: PipelineFacts) -> None:
+        """A new epoch begins."""
+        assert facts.epoch > self.epoch, f"epoch {facts.epoch} does not follow {self.epoch}"
+        self.facts = facts
+        self.epoch = facts.epoch
+        self.next_step = 0
+        self.is_suspended = False

@@ -7,6 +7,8 @@ step in the order in which `schedule` gave it, and hands back the results in tha
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from scheduler.core.admission import AdmissionRound
 from scheduler.core.batch import plan_step
 from scheduler.core.events import EndReason, Finished, Tokens
@@ -27,7 +29,7 @@ from stagemesh.errors import (
     RequestDeadlineExceeded,
     StageMeshError,
 )
-from stagemesh.plan import NOT_FINITE, Epoch, RowResult, Step, StepResult
+from stagemesh.plan import NOT_FINITE, RowResult, Step, StepResult
 
 
 class SchedulerCore:
@@ -95,10 +97,31 @@ class SchedulerCore:
             self._roster.queue.add(sequence)
         self._pipelines_changed()
 
-    def restart_epoch(self, pipeline_id: str, epoch: Epoch, now_ns: int) -> None:
-        """The same workers begin a new epoch with their KV; what was in flight is planned again."""
+    def suspend_pipeline(self, pipeline_id: str, now_ns: int) -> None:
+        """The epoch ended: what was in flight is planned again once the pipeline is resumed.
+
+        An unknown id is ignored."""
         self._now_ns = now_ns
-        self._pipelines[pipeline_id].restart(epoch)
+        if pipeline := self._pipelines.get(pipeline_id):
+            pipeline.suspend()
+
+    def resume_pipeline(
+        self, facts: PipelineFacts, lost_stages: Collection[int], now_ns: int
+    ) -> None:
+        """A suspended pipeline begins the epoch of `facts`. The KV of `lost_stages` is rebuilt."""
+        self._now_ns = now_ns
+        pipeline = self._pipelines[facts.pipeline_id]
+        assert pipeline.is_suspended, f"{facts.pipeline_id} was not suspended"
+        if lost_stages:
+            self.remove_pipeline(facts.pipeline_id, now_ns)
+            self.add_pipeline(facts, now_ns)
+        else:
+            pipeline.resume(facts)
+
+    def blocks_in_use(self, pipeline_id: str) -> tuple[int, ...]:
+        """Blocks whose content is worth moving to another worker: owned or cached ones."""
+        pipeline = self._pipelines.get(pipeline_id)
+        return pipeline.pool.blocks_in_use() if pipeline else ()
 
     def fail_oldest_step(self, pipeline_id: str, error: StageMeshError, now_ns: int) -> None:
         """Ends the requests of a step that no epoch gets done, so that the others can go on."""

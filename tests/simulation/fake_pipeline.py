@@ -42,7 +42,16 @@ class FakePipeline:
             return
         self._stages = self._make_stages()
         self._join(keep_kv=False)
-        facts = PipelineFacts(
+        self.is_known_to_core = True
+        self._world.pipelines_changed()
+        self._world.core.add_pipeline(self._facts(), self._world.now_ns)
+        mean_break_ns = self._world.scenario.faults.mean_break_ns
+        if mean_break_ns is not None:
+            delay_ns = round(self._world.random.expovariate(1) * mean_break_ns)
+            self._world.after(delay_ns, self._break_by_chance)
+
+    def _facts(self) -> PipelineFacts:
+        return PipelineFacts(
             pipeline_id=self._pipeline_id,
             epoch=self._epoch,
             num_stages=self.shape.num_stages,
@@ -52,13 +61,6 @@ class FakePipeline:
             model_identity="pretend",
             dynamic_rope_length=self._world.scenario.dynamic_rope,
         )
-        self.is_known_to_core = True
-        self._world.pipelines_changed()
-        self._world.core.add_pipeline(facts, self._world.now_ns)
-        mean_break_ns = self._world.scenario.faults.mean_break_ns
-        if mean_break_ns is not None:
-            delay_ns = round(self._world.random.expovariate(1) * mean_break_ns)
-            self._world.after(delay_ns, self._break_by_chance)
 
     def break_epoch(self) -> None:
         """Messages under way are lost; in a while the members come back, with or without KV."""
@@ -68,6 +70,9 @@ class FakePipeline:
         self._connection += 1
         self._is_connected = False
         keep_kv = self._world.random.random() < 0.6
+        if keep_kv and self._world.random.random() < self._world.scenario.faults.given_up:
+            self._world.fail_oldest_step(self._pipeline_id)
+        self._world.core.suspend_pipeline(self._pipeline_id, self._world.now_ns)
         if not keep_kv and self._world.random.random() < 0.5:
             self._leave()
         self._world.after(self._world.random.randint(0, 10 * MS), lambda: self._return(keep_kv))
@@ -96,10 +101,8 @@ class FakePipeline:
         if self._is_connected:
             return
         if keep_kv:
-            if self._world.random.random() < self._world.scenario.faults.given_up:
-                self._world.fail_oldest_step(self._pipeline_id)
             self._join(keep_kv=True)
-            self._world.core.restart_epoch(self._pipeline_id, self._epoch, self._world.now_ns)
+            self._world.core.resume_pipeline(self._facts(), (), self._world.now_ns)
             return
         if self.is_known_to_core:
             self._leave()

@@ -13,7 +13,7 @@ from simulation.fake_stage import BrokenPlan
 from simulation.oracle import Violation
 from simulation.world import World
 
-from scheduler.core import batch, pipeline, prefix, scheduler
+from scheduler.core import batch, prefix, scheduler
 from scheduler.core.blocks import BlockPool
 from scheduler.core.pipeline import Pipeline, RowInFlight
 from scheduler.core.scheduler import SchedulerCore
@@ -194,13 +194,13 @@ def test_a_block_table_that_is_not_sent_again(monkeypatch: pytest.MonkeyPatch) -
 def test_a_sequence_that_the_stages_are_never_told_to_forget(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    restart = Pipeline.restart
+    suspend = Pipeline.suspend
 
-    def restart_forgetfully(self: Pipeline, epoch: pipeline.Epoch) -> None:
+    def suspend_forgetfully(self: Pipeline) -> None:
         self.in_flight.clear()
-        restart(self, epoch)
+        suspend(self)
 
-    monkeypatch.setattr(Pipeline, "restart", restart_forgetfully)
+    monkeypatch.setattr(Pipeline, "suspend", suspend_forgetfully)
     assert "hold sequences for ever" in str(caught())
 
 

@@ -36,5 +36,5 @@ def test_the_seeds_meet_what_they_are_for() -> None:
         epochs += sum(pipeline.epoch.n for pipeline in stats.pipelines)
     assert preempted > 20
     assert cached > 100
-    assert out_of_order > 2
+    assert out_of_order > 0
     assert epochs > 100

@@ -55,6 +55,12 @@ def core_with(*pipelines: PipelineFacts, **limits: Any) -> SchedulerCore:
     return core
 
 
+def restart(core: SchedulerCore, changes: PipelineFacts, lost_stages: Iterable[int] = ()) -> None:
+    """The pipeline's epoch ends and the one of `changes` begins."""
+    core.suspend_pipeline(changes.pipeline_id, 0)
+    core.resume_pipeline(changes, frozenset(lost_stages), 0)
+
+
 def answer(step: Step, broken: Iterable[int] = (), token_id: int = TOKEN) -> StepResult:
     """What the last stage says; sequences in `broken` became NaN."""
     rows = tuple(

@@ -22,7 +22,8 @@ from scheduler.messages import (
     OpenStream,
     Registration,
     RemovePipeline,
-    RestartPipeline,
+    ResumePipeline,
+    SuspendPipeline,
     ToWorker,
 )
 from stagemesh.plan import ModelSummary, Span
@@ -80,7 +81,8 @@ class FakeMesh:
         self.now_ns = 1000 * S
         self.workers: dict[str, FakeWorker] = {}
         self.core: dict[str, PipelineFacts] = {}
-        self.restarts: list[str] = []
+        self.suspended: set[str] = set()
+        self.resumes: list[tuple[str, set[int]]] = []
         self.failed_steps: list[str] = []
         self.ended: dict[int, str | None] = {}
         self.streams_open = True
@@ -168,15 +170,19 @@ class FakeMesh:
             case AddPipeline(facts):
                 assert facts.pipeline_id not in self.core
                 self.core[facts.pipeline_id] = facts
-            case RestartPipeline(pipeline_id, epoch):
-                assert epoch > self.core[pipeline_id].epoch
-                self.core[pipeline_id] = replace(self.core[pipeline_id], epoch=epoch)
-                self.restarts.append(pipeline_id)
+            case SuspendPipeline(pipeline_id):
+                self.suspended |= self.core.keys() & {pipeline_id}
+            case ResumePipeline(facts, lost_stages):
+                assert facts.epoch > self.core[facts.pipeline_id].epoch
+                self.suspended.remove(facts.pipeline_id)
+                self.core[facts.pipeline_id] = facts
+                self.resumes.append((facts.pipeline_id, set(lost_stages)))
             case FailOldestStep(pipeline_id, _):
                 assert pipeline_id in self.core
                 self.failed_steps.append(pipeline_id)
             case RemovePipeline(pipeline_id):
                 del self.core[pipeline_id]
+                self.suspended.discard(pipeline_id)
 
     def _obey(self, session: int, command: LoadSpan | JoinEpoch | LeaveEpoch) -> None:
         worker = next((w for w in self.workers.values() if w.session == session), None)

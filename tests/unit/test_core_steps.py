@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support.core import Drive, answer, core_with, facts, request
+from support.core import Drive, answer, core_with, facts, request, restart
 
 from scheduler.core import SchedulerLimits
 from scheduler.core.budgets import TokenBudget
@@ -289,7 +289,7 @@ def test_a_new_epoch_plans_again_what_was_in_flight() -> None:
     drive.answer()
     lost = drive.in_flight
     drive.in_flight = []
-    core.restart_epoch("p", Epoch(1, 2), 0)
+    restart(core, facts(num_stages=3, epoch=Epoch(1, 2)))
     again = drive.plan()
     assert [(step.epoch, step.step) for step in again] == [(Epoch(1, 2), 0), (Epoch(1, 2), 1)]
     assert [spans(step) for step in again] == [{1: (4, 8)}, {1: (8, 12)}]
@@ -311,7 +311,7 @@ def test_what_a_lost_step_was_to_forget_is_said_again() -> None:
     drive.plan()
     drive.answer()
     (step,) = drive.plan()
-    core.restart_epoch("p", Epoch(1, 2), 0)
+    restart(core, facts(epoch=Epoch(1, 2)))
     (again,) = drive.plan()
     assert step.forget == again.forget
     assert again.rows == ()
@@ -325,7 +325,7 @@ def test_a_step_that_is_given_up_ends_its_requests_only() -> None:
     assert [list(spans(step)) for step in drive.plan()] == [[1], [2]]
     core.fail_oldest_step("p", PeerLost("it kills workers"), 0)
     core.fail_oldest_step("gone", PeerLost("it kills workers"), 0)
-    core.restart_epoch("p", Epoch(1, 2), 0)
+    restart(core, facts(num_stages=2, epoch=Epoch(1, 2)))
     drive.in_flight.clear()
     drive.finish()
     assert isinstance(drive.ended()[0].error, PeerLost)

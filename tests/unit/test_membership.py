@@ -270,7 +270,7 @@ def test_a_stream_that_hiccups_costs_an_epoch_and_no_kv() -> None:
     mesh.come_back("a")
     mesh.wait(S // 2)
     assert mesh.serving == ["p0"]
-    assert mesh.restarts == ["p0"]
+    assert mesh.resumes == [("p0", set())]
     assert mesh.workers["b"].last_join.keep_kv
     assert mesh.core["p0"].epoch == Epoch(TERM, 2)
 
@@ -308,7 +308,7 @@ def test_a_restarted_process_takes_its_place_before_the_old_lease_ends() -> None
     assert "another process" in str(mesh.ended[old])
     assert mesh.serving == ["p0"]
     assert mesh.workers["a"].commands[0] == LoadSpan(Span(0, 3))
-    assert mesh.restarts == []
+    assert mesh.resumes == []
     assert mesh.core["p0"].epoch == Epoch(TERM, 2)
     mesh.members.disconnected(old, mesh.now_ns)
     mesh.run()
@@ -435,7 +435,7 @@ def test_the_schedulers_own_stream_is_part_of_the_epoch() -> None:
     mesh.streams_open = True
     mesh.wait(S)
     assert mesh.serving == ["p0"]
-    assert mesh.restarts == ["p0"]
+    assert mesh.resumes == [("p0", set())]
 
 
 def test_a_failing_step_is_tried_again_with_growing_pauses_and_at_last_without_kv() -> None:
@@ -453,7 +453,7 @@ def test_a_failing_step_is_tried_again_with_growing_pauses_and_at_last_without_k
         pauses_ns.append(mesh.now_ns - failed_ns)
     assert pauses_ns == sorted(pauses_ns)
     assert pauses_ns[-1] >= 4 * pauses_ns[0]
-    assert mesh.restarts == ["p0"] * 2
+    assert mesh.resumes == [("p0", set())] * 2
     assert mesh.failed_steps == ["p0"] * 3
     assert mesh.members.workers[1].num_failures == 5
     assert mesh.members.workers[0].num_failures == 0
