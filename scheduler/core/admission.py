@@ -41,7 +41,7 @@ class _Opening:
     def measure(self) -> None:
         self.blocks = BlockBudget(self.pipeline)
         self.num_pending_tokens = sum(
-            sequence.num_pending
+            self.pipeline.num_pending(sequence)
             for sequence in self.pipeline.running.values()
             if sequence.request.priority <= self._best_priority
         )
@@ -118,7 +118,8 @@ class AdmissionRound:
     def _is_eligible(self, opening: _Opening, sequence: Sequence) -> bool:
         """A pipeline that holds the whole request, or the largest that there is."""
         needed = min(sequence.request.total_length, self._max_capacity)
-        return opening.pipeline.facts.capacity_tokens >= needed
+        capacity = opening.pipeline.facts.capacity_tokens
+        return capacity >= needed and capacity > sequence.num_tokens
 
     def _offer(self, opening: _Opening, sequence: Sequence) -> _Offer:
         hits = opening.pipeline.prefix_hits(sequence) if self._limits.prefix_cache else []

@@ -3,7 +3,8 @@
 Sequences that need one token (decoding, mostly) come first, those that waited longest before the
 others, and are dealt evenly over the steps that may be in flight, so that every stage has work.
 Those that have more to catch up share what is left of the token budget, by rank; a part of it is
-theirs alone. Where blocks are short, the worst ranked running sequence is preempted.
+theirs alone. What a replaced stage lacks of a sequence is rebuilt before anything new of it is
+computed. Where blocks are short, the worst ranked running sequence is preempted.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from scheduler.core.budgets import TokenBudget
+from scheduler.core.lacks import RebuildPart
 from scheduler.core.limits import SchedulerLimits
 from scheduler.core.pipeline import Pipeline, RowInFlight
 from scheduler.core.sequence import Sequence
@@ -22,13 +24,16 @@ _CATCH_UP_DIVISOR = 4
 
 
 def plan_step(
-    pipeline: Pipeline, limits: SchedulerLimits, preempt: Callable[[Sequence], None]
+    pipeline: Pipeline,
+    limits: SchedulerLimits,
+    preempt: Callable[[Sequence], None],
+    now_ns: int,
 ) -> Step | None:
     """The next step of a pipeline that may send one, or None if there is nothing to do in it."""
     decoding: list[Sequence] = []
     catching_up: list[Sequence] = []
     for sequence in pipeline.running.values():
-        num_pending = sequence.num_pending
+        num_pending = pipeline.num_pending(sequence)
         if num_pending:
             (decoding if num_pending == 1 else catching_up).append(sequence)
     catching_up.sort(key=lambda sequence: sequence.rank)
@@ -46,15 +51,16 @@ def plan_step(
     tokens.reserve(0)
     batch.fill(catching_up, catch_up_share)
     batch.fill(decoding, decode_share - num_added)
-    return batch.send()
+    return batch.send(now_ns)
 
 
 class _Part(NamedTuple):
-    """Positions [start, end) of a sequence."""
+    """Positions [start, end) of a sequence: new ones or, with `rebuild`, computed before."""
 
     sequence: Sequence
     start: int
     end: int
+    rebuild: RebuildPart | None = None
 
 
 class Batch:
@@ -79,7 +85,7 @@ class Batch:
                 num_added += self._add(sequence)
         return num_added
 
-    def send(self) -> Step | None:
+    def send(self, now_ns: int) -> Step | None:
         """The step, or None without rows. What is to be forgotten waits for rows, but not on an
         idle pipeline: the stages should not hold on to it."""
         parts = self._parts.values()
@@ -87,18 +93,30 @@ class Batch:
             return None
         rows = tuple(self._row(part) for part in parts)
         in_flight = tuple(_in_flight(row, part) for row, part in zip(rows, parts, strict=True))
-        return self._pipeline.send(rows, in_flight)
+        return self._pipeline.send(rows, in_flight, now_ns)
 
     def _add(self, sequence: Sequence) -> bool:
+        lacks = self._pipeline.lacks
+        if lacks:
+            if lacks.is_in_making(sequence.table):
+                return False  # another sequence's row of this step brings back what both hold
+            rebuild = lacks.next_part(sequence.table, self._tokens.grant(sequence.num_computed))
+            if rebuild is not None:
+                lacks.reserve(rebuild)
+                self._take(_Part(sequence, rebuild.start, rebuild.end, rebuild))
+                return True
         start = sequence.num_scheduled
         end = self._make_room(sequence, start + self._tokens.grant(sequence.num_pending))
         if end == start:
             return False
-        self._tokens.take(end - start)
-        self._parts[sequence.sequence_id] = _Part(sequence, start, end)
+        self._take(_Part(sequence, start, end))
         sequence.num_scheduled = end
-        self._pipeline.running.move_to_end(sequence.sequence_id)
         return True
+
+    def _take(self, part: _Part) -> None:
+        self._tokens.take(part.end - part.start)
+        self._parts[part.sequence.sequence_id] = part
+        self._pipeline.running.move_to_end(part.sequence.sequence_id)
 
     def _make_room(self, sequence: Sequence, end: int) -> int:
         """Allocates blocks up to `end`, or up to where they last; preempts for the first only.
@@ -126,26 +144,32 @@ class Batch:
         part = self._parts.pop(victim.sequence_id, None)
         if part is not None:
             self._tokens.give_back(part.end - part.start)
+            if part.rebuild is not None:
+                self._pipeline.lacks.release(part.rebuild)
         self._preempt(victim)
 
     def _row(self, part: _Part) -> Row:
-        sequence, start, end = part.sequence, part.start, part.end
+        sequence, start, end, rebuild = part
         is_first = sequence.needs_state
         sequence.needs_state = False
         sequence.is_known_to_stages = True
-        logprobs = sequence.wanted_prompt_logprobs
+        logprobs = sequence.wanted_prompt_logprobs if rebuild is None else range(0)
+        is_new_end = rebuild is None and end == sequence.num_tokens
+        is_from_log = rebuild is not None and rebuild.first_stage > 0
         return Row(
             sequence_id=sequence.sequence_id,
             run=sequence.run,
             start=start,
             num_tokens=end - start,
-            token_ids=tuple(sequence.tokens[start:end]),
+            token_ids=() if is_from_log else tuple(sequence.tokens[start:end]),
             block_updates=sequence.table.take_updates(whole=is_first),
-            first_stage=0,
-            end_stage=self._pipeline.facts.num_stages,
-            sample_positions=(end - 1,) if end == sequence.num_tokens else (),
+            first_stage=rebuild.first_stage if rebuild else 0,
+            end_stage=rebuild.end_stage if rebuild else self._pipeline.facts.num_stages,
+            sample_positions=(end - 1,) if is_new_end else (),
             logprob_positions=_overlap(logprobs, start, end) if logprobs else (),
+            input_from_log_of_stage=rebuild.first_stage - 1 if rebuild and is_from_log else None,
             state=sequence.state() if is_first else None,
+            first_writing_stage=rebuild.writing_stage if rebuild else 0,
         )
 
 
@@ -161,4 +185,5 @@ def _in_flight(row: Row, part: _Part) -> RowInFlight:
         end=part.end,
         sample_positions=row.sample_positions,
         logprob_positions=row.logprob_positions,
+        rebuild=part.rebuild,
     )

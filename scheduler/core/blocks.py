@@ -7,6 +7,7 @@ prefix index), or blank (free). Blocks of all cache groups come from this one po
 
 from __future__ import annotations
 
+import heapq
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -23,7 +24,8 @@ class BlockPool:
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self._num_owners = [0] * num_blocks
-        self._blank = list(range(num_blocks - 1, -1, -1))
+        # A heap: stages with a short log keep it for the lowest ids.
+        self._blank = list(range(num_blocks))
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._block_of: dict[BlockName, int] = {}
         self._name_of: dict[int, BlockName] = {}
@@ -86,7 +88,24 @@ class BlockPool:
         del self._block_of[name]
         if self._num_owners[block_id] == 0:
             del self._cached[block_id]
-            self._blank.append(block_id)
+            heapq.heappush(self._blank, block_id)
+
+    def forget_cached(self) -> None:
+        """Whatever nobody owns has no content any more."""
+        for block_id in list(self._cached):
+            self.forget(block_id)
+
+    def resize(self, num_blocks: int) -> None:
+        """Blocks [0, num_blocks) from now on; those that go must have no owner."""
+        for block_id in range(num_blocks, self.num_blocks):
+            assert self._num_owners[block_id] == 0, f"block {block_id} has an owner"
+            self.forget(block_id)
+        gone = set(range(num_blocks, self.num_blocks))
+        added = range(self.num_blocks, num_blocks)
+        self._blank = [b for b in self._blank if b not in gone] + list(added)
+        heapq.heapify(self._blank)
+        self._num_owners = self._num_owners[:num_blocks] + [0] * len(added)
+        self.num_blocks = num_blocks
 
     def check_integrity(self, num_owners: dict[int, int]) -> None:
         """Compares with what the owners say they hold: owners per block id.
@@ -112,7 +131,7 @@ class BlockPool:
 
     def _take_free(self) -> int:
         if self._blank:
-            return self._blank.pop()
+            return heapq.heappop(self._blank)
         block_id, _ = self._cached.popitem(last=False)
         del self._block_of[self._name_of.pop(block_id)]
         return block_id
@@ -121,4 +140,4 @@ class BlockPool:
         if block_id in self._name_of:
             self._cached[block_id] = None
         else:
-            self._blank.append(block_id)
+            heapq.heappush(self._blank, block_id)

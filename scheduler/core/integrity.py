@@ -23,7 +23,7 @@ def check_core(pipelines: Iterable[Pipeline], roster: Roster) -> None:
         _check_waiting(sequence)
     for pipeline in pipelines:
         _check(placed.isdisjoint(pipeline.running), pipeline, "runs who is elsewhere too")
-        placed |= pipeline.running.keys()
+        placed |= {one.sequence_id for one in pipeline.running.values() if not one.is_probe}
         _check_pipeline(pipeline)
     live = {sequence.sequence_id for sequence in roster.live.values()}
     _check(placed == live, "live sequences", "are not those that wait or run")
@@ -45,6 +45,7 @@ def _check_pipeline(pipeline: Pipeline) -> None:
     pipeline.pool.check_integrity(held)
     _check(pipeline.num_step_slots >= 0, pipeline, "has too many steps in flight")
     _check_steps(pipeline)
+    _check_lacks(pipeline)
     shared = {block_id for block_id, num in held.items() if num > 1}
     for sequence in running:
         _check_running(pipeline, sequence)
@@ -60,13 +61,33 @@ def _check_steps(pipeline: Pipeline) -> None:
     reached = {one.sequence_id: one.num_computed for one in pipeline.running.values()}
     for step in pipeline.in_flight:
         for row in step.rows:
-            if row.is_current:
+            if row.is_current and row.rebuild is None:
                 number = row.sequence.sequence_id
                 _check(row.start == reached[number], row.sequence, "has a gap in flight")
                 reached[number] = row.end
     for sequence in pipeline.running.values():
         is_covered = reached[sequence.sequence_id] == sequence.num_scheduled
         _check(is_covered, sequence, "is scheduled and not in flight")
+
+
+def _check_lacks(pipeline: Pipeline) -> None:
+    """Rows in flight bring [computed, scheduled) of every lacking block back, in order."""
+    reached = {
+        (stage, block_id): lack.computed
+        for stage, blocks in pipeline.lacks.by_stage.items()
+        for block_id, lack in blocks.items()
+    }
+    rebuilds = [row.rebuild for step in pipeline.in_flight for row in step.rows if row.rebuild]
+    for part in rebuilds:
+        for stage in part.stages:
+            reached |= {(stage, b): end for b, end in part.ends if (stage, b) in reached}
+    for (stage, block_id), end in reached.items():
+        lack = pipeline.lacks.by_stage[stage][block_id]
+        what = f"block {block_id} on stage {stage}"
+        _check(pipeline.pool.num_owners(block_id) > 0, pipeline, f"rebuilds {what}, of nobody")
+        is_ordered = 0 <= lack.computed <= lack.scheduled <= lack.needed
+        _check(is_ordered and lack.computed < lack.needed, pipeline, f"miscounts {what}")
+        _check(lack.scheduled == end, pipeline, f"has {what} scheduled and not in flight")
 
 
 def _check_running(pipeline: Pipeline, sequence: Sequence) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from scheduler.core.blocks import BlockName, BlockPool
+from scheduler.core.lacks import Lacks, RebuildPart
+from scheduler.core.rates import MendTime, StepCost
 from scheduler.core.sequence import Sequence
 from stagemesh.errors import ConfigError
 from stagemesh.plan import Epoch, HopTiming, Row, SequenceRun, Step
@@ -38,6 +40,8 @@ class PipelineFacts:
         for name in ("num_stages", "num_blocks", "block_size_tokens", "max_model_len"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} of a pipeline must be at least 1")
+        if self.num_log_blocks and len(self.num_log_blocks) != self.num_stages:
+            raise ConfigError("num_log_blocks of a pipeline must have one number per stage")
 
     @property
     def capacity_tokens(self) -> int:
@@ -49,7 +53,10 @@ class PipelineFacts:
 
 
 class RowInFlight(NamedTuple):
-    """A row that was sent: positions [start, end) of this run of the sequence."""
+    """A row that was sent: positions [start, end) of this run of the sequence.
+
+    With `rebuild` they were computed before and come back to the stages that lack them.
+    """
 
     sequence: Sequence
     run: int
@@ -57,6 +64,7 @@ class RowInFlight(NamedTuple):
     end: int
     sample_positions: tuple[int, ...]
     logprob_positions: tuple[int, ...]
+    rebuild: RebuildPart | None = None
 
     @property
     def is_current(self) -> bool:
@@ -68,6 +76,11 @@ class StepInFlight:
     step: int
     rows: tuple[RowInFlight, ...]
     forget: tuple[SequenceRun, ...]
+    sent_ns: int
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.end - row.start for row in self.rows)
 
 
 _NUM_RECENT_TIMINGS = 32
@@ -86,7 +99,11 @@ class Pipeline:
         self.next_step = 0
         self.num_steps_done = 0
         self.recent_timings: deque[tuple[HopTiming, ...]] = deque(maxlen=_NUM_RECENT_TIMINGS)
-        self.is_suspended = False
+        self.lacks = Lacks(facts.block_size_tokens, self._num_log_blocks())
+        self.step_cost = StepCost()
+        self.mend_time = MendTime()
+        self.suspended_ns: int | None = None
+        self.num_tokens_rebuilt = 0
 
     @property
     def pipeline_id(self) -> str:
@@ -96,6 +113,16 @@ class Pipeline:
     def num_step_slots(self) -> int:
         """Steps that may be sent now."""
         return 0 if self.is_suspended else self.max_steps_in_flight - len(self.in_flight)
+
+    @property
+    def is_suspended(self) -> bool:
+        """Between two epochs: nothing can be sent."""
+        return self.suspended_ns is not None
+
+    def num_pending(self, sequence: Sequence) -> int:
+        """Tokens to plan until the sequence's next one, what stages lack of it included."""
+        num_lacking = self.lacks.num_unscheduled(sequence.table) if self.lacks else 0
+        return sequence.num_pending + num_lacking
 
     def prefix_hits(self, sequence: Sequence) -> list[tuple[int, ...]]:
         """Blocks that hold a beginning of the sequence: one per cache group for each entry."""
@@ -133,22 +160,33 @@ class Pipeline:
         planned from now on.
         """
         del self.running[sequence.sequence_id]
+        block_ids = list(sequence.table.block_ids()) if self.lacks else []
         sequence.table.release(self.pool)
+        for block_id in block_ids:
+            if self.pool.num_owners(block_id) == 0 and self.lacks.drop(block_id):
+                self.pool.forget(block_id)
         if sequence.is_known_to_stages:
             self.to_forget.append(sequence.sequence_run)
 
-    def send(self, rows: tuple[Row, ...], in_flight: tuple[RowInFlight, ...]) -> Step:
+    def send(self, rows: tuple[Row, ...], in_flight: tuple[RowInFlight, ...], now_ns: int) -> Step:
+        self.lacks.commit()
         forget = tuple(self.to_forget)
         self.to_forget.clear()
         step = Step(self.pipeline_id, self.epoch, self.next_step, rows, forget)
-        self.in_flight.append(StepInFlight(self.next_step, in_flight, forget))
+        self.in_flight.append(StepInFlight(self.next_step, in_flight, forget, now_ns))
         self.next_step += 1
         return step
 
-    def step_done(self, timings: tuple[HopTiming, ...]) -> None:
-        """The oldest step in flight was answered."""
-        self.in_flight.popleft()
+    def step_done(self, timings: tuple[HopTiming, ...], now_ns: int) -> None:
+        """The oldest step in flight was answered: what it rebuilt is there."""
+        step = self.in_flight.popleft()
         self.num_steps_done += 1
+        rebuilt = [row.rebuild for row in step.rows if row.rebuild is not None]
+        for part in rebuilt:
+            self.lacks.rebuilt(part)
+            self.num_tokens_rebuilt += part.end - part.start
+        if not rebuilt:  # a step through a part of the stages tells nothing of whole ones
+            self.step_cost.step_done(step.num_tokens, step.sent_ns, now_ns)
         if timings:
             self.recent_timings.append(timings)
 
@@ -168,21 +206,53 @@ class Pipeline:
         for block_id in block_ids:
             self.pool.forget(block_id)
 
-    def suspend(self) -> None:
+    def suspend(self, now_ns: int) -> None:
         """The epoch ended: acknowledged KV stays, steps in flight are undone, none is planned.
 
         What they were to forget is said again, since nobody knows which stages heard it.
         """
-        self.is_suspended = True
+        self.suspended_ns = now_ns if self.suspended_ns is None else self.suspended_ns
         self.to_forget[:0] = [run for step in self.in_flight for run in step.forget]
         self.in_flight.clear()
+        self.lacks.undo()
         for sequence in self.running.values():
             sequence.rewind()
 
-    def resume(self, facts: PipelineFacts) -> None:
-        """A new epoch begins."""
+    def resume(
+        self,
+        facts: PipelineFacts,
+        lost_stages: Collection[int],
+        preempt: Callable[[Sequence], None],
+        now_ns: int,
+    ) -> None:
+        """A new epoch begins. Sequences whose blocks have no room any more are preempted."""
         assert facts.epoch > self.epoch, f"epoch {facts.epoch} does not follow {self.epoch}"
+        assert self.suspended_ns is not None
+        self.mend_time.mended(now_ns - self.suspended_ns)
+        for sequence in list(self.running.values()):
+            is_outside = max(sequence.table.block_ids(), default=0) >= facts.num_blocks
+            if is_outside or sequence.num_tokens >= facts.capacity_tokens:
+                preempt(sequence)
+        self.pool.resize(facts.num_blocks)
         self.facts = facts
         self.epoch = facts.epoch
+        self.lacks.num_log_blocks = self._num_log_blocks()
         self.next_step = 0
-        self.is_suspended = False
+        self.suspended_ns = None
+        self.num_tokens_rebuilt = 0
+        if lost_stages:
+            self._lose(lost_stages)
+
+    def _lose(self, stages: Collection[int]) -> None:
+        self.pool.forget_cached()
+        needed: dict[int, int] = {}
+        size = self.facts.block_size_tokens
+        for sequence in self.running.values():
+            for index in range(self.facts.num_blocks_for(sequence.num_computed)):
+                num_slots = min(size, sequence.num_computed - index * size)
+                needed.update(dict.fromkeys(sequence.table.entry(index), num_slots))
+        for stage in stages:
+            self.lacks.lose(stage, needed)
+
+    def _num_log_blocks(self) -> tuple[int, ...]:
+        return self.facts.num_log_blocks or (0,) * self.facts.num_stages

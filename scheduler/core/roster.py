@@ -35,11 +35,15 @@ class Roster:
         sequence = self.live.get(key)
         return sequence.request.attempt if sequence else self._ended_attempts.get(key, -1)
 
+    def number(self, request: Request, now_ns: int) -> Sequence:
+        """A sequence for the request, unique within the core; nobody knows of it yet."""
+        number = next(self._numbers)
+        return Sequence(request, sequence_id=number, arrival=number, submitted_ns=now_ns)
+
     def accept(self, request: Request, now_ns: int) -> Sequence:
         """The request waits from now on; an older attempt must have ended."""
         assert request.key not in self.live
-        number = next(self._numbers)
-        sequence = Sequence(request, sequence_id=number, arrival=number, submitted_ns=now_ns)
+        sequence = self.number(request, now_ns)
         self.counters.num_accepted += 1
         self.live[request.key] = sequence
         self._deadlines.add(sequence)

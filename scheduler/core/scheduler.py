@@ -12,13 +12,15 @@ from collections.abc import Collection
 from scheduler.core.admission import AdmissionRound
 from scheduler.core.batch import plan_step
 from scheduler.core.events import EndReason, Finished, Tokens
+from scheduler.core.forecast import first_token_ns
 from scheduler.core.integrity import check_core
 from scheduler.core.limits import SchedulerLimits
+from scheduler.core.moving import RECONSIDER_NS, move_from
 from scheduler.core.pipeline import Pipeline, PipelineFacts, RowInFlight
 from scheduler.core.request import Request, RequestKey
 from scheduler.core.results import match_result
 from scheduler.core.roster import Roster
-from scheduler.core.sequence import Sequence
+from scheduler.core.sequence import PROBE_GATEWAY, Sequence
 from scheduler.core.stats import CoreStats, core_stats
 from stagemesh.errors import (
     ContextLengthExceeded,
@@ -30,6 +32,19 @@ from stagemesh.errors import (
     StageMeshError,
 )
 from stagemesh.plan import NOT_FINITE, RowResult, Step, StepResult
+from stagemesh.sampling import SamplingSpec
+
+_WORST_PRIORITY = 2**31
+_PROBE = Request(
+    key=RequestKey(PROBE_GATEWAY, 0),
+    attempt=0,
+    label="probe",
+    prompt_token_ids=(0,),
+    output_token_ids=(),
+    sampling=SamplingSpec(),
+    max_tokens=1,
+    priority=_WORST_PRIORITY,
+)
 
 
 class SchedulerCore:
@@ -45,7 +60,8 @@ class SchedulerCore:
     def submit(self, request: Request, now_ns: int) -> None:
         """Accepts a request. An attempt that is not higher than one known is ignored.
 
-        Raises QueueFull and ContextLengthExceeded; then nothing is kept of the request.
+        Raises QueueFull, also for a deadline that cannot be met at the rates measured, and
+        ContextLengthExceeded; then nothing is kept of the request.
         """
         self._now_ns = now_ns
         if request.attempt <= self._roster.last_attempt(request.key):
@@ -93,8 +109,9 @@ class SchedulerCore:
             return
         for sequence in pipeline.running.values():
             sequence.table.discard()
-            sequence.begin_run()
-            self._roster.queue.add(sequence)
+            if not sequence.is_probe:
+                sequence.begin_run()
+                self._roster.queue.add(sequence)
         self._pipelines_changed()
 
     def suspend_pipeline(self, pipeline_id: str, now_ns: int) -> None:
@@ -103,20 +120,24 @@ class SchedulerCore:
         An unknown id is ignored."""
         self._now_ns = now_ns
         if pipeline := self._pipelines.get(pipeline_id):
-            pipeline.suspend()
+            pipeline.suspend(now_ns)
+            for sequence in [each for each in pipeline.running.values() if each.is_probe]:
+                pipeline.dismiss(sequence)
 
     def resume_pipeline(
         self, facts: PipelineFacts, lost_stages: Collection[int], now_ns: int
     ) -> None:
-        """A suspended pipeline begins the epoch of `facts`. The KV of `lost_stages` is rebuilt."""
+        """A suspended pipeline, cut as before, begins the epoch of `facts`.
+
+        The KV of `lost_stages` is rebuilt from what other stages have; `num_blocks` may differ.
+        """
         self._now_ns = now_ns
         pipeline = self._pipelines[facts.pipeline_id]
         assert pipeline.is_suspended, f"{facts.pipeline_id} was not suspended"
-        if lost_stages:
-            self.remove_pipeline(facts.pipeline_id, now_ns)
-            self.add_pipeline(facts, now_ns)
-        else:
-            pipeline.resume(facts)
+        assert facts.num_stages == pipeline.facts.num_stages
+        assert facts.block_size_tokens == pipeline.facts.block_size_tokens
+        pipeline.resume(facts, lost_stages, self._preempt, now_ns)
+        self._pipelines_changed()
 
     def blocks_in_use(self, pipeline_id: str) -> tuple[int, ...]:
         """Blocks whose content is worth moving to another worker: owned or cached ones."""
@@ -133,13 +154,26 @@ class SchedulerCore:
             if row.is_current:
                 self._end(row.sequence, EndReason.ERROR, error)
 
+    def probe(self, pipeline_id: str, now_ns: int) -> bool:
+        """Has one token go through the whole of an idle pipeline; all that comes of it is a step.
+
+        Returns whether it was planned: not while steps are in flight, which show as much.
+        """
+        self._now_ns = now_ns
+        pipeline = self._pipelines.get(pipeline_id)
+        if pipeline is None or pipeline.is_suspended or pipeline.running or pipeline.in_flight:
+            return False
+        pipeline.admit(self._roster.number(_PROBE, now_ns), [])
+        return True
+
     # ---- steps ---------------------------------------------------------------------------------
 
     def schedule(self, now_ns: int) -> list[Step]:
         """Every step that may be sent now, in order. Expires deadlines first."""
         self._now_ns = now_ns
         for sequence in self._roster.expired(now_ns):
-            self._end(sequence, EndReason.ERROR, RequestDeadlineExceeded("the deadline has passed"))
+            self._end(sequence, EndReason.ERROR, self._lateness())
+        self._move_from_broken()
         steps: list[Step] = []
         while made := self._schedule_round():
             steps += made
@@ -156,12 +190,12 @@ class SchedulerCore:
         step = match_result(pipeline, result) if pipeline else None
         if pipeline is None or step is None:
             return
-        pipeline.step_done(result.timings)
+        pipeline.step_done(result.timings, now_ns)
         num_generated = 0
         for row, answer in zip(step.rows, result.rows, strict=True):
             if row.is_current:
+                num_generated += 0 if row.sequence.is_probe else len(answer.sampled)
                 self._take_row(pipeline, row, answer)
-                num_generated += len(answer.sampled)
         self._roster.counters.tokens_generated(num_generated, now_ns)
 
     def take_events(self) -> list[Tokens | Finished]:
@@ -170,7 +204,11 @@ class SchedulerCore:
 
     def next_deadline_ns(self) -> int | None:
         """When `schedule` must be called at the latest, if nothing else happens."""
-        return self._roster.next_deadline_ns()
+        at_ns = self._roster.next_deadline_ns()
+        if not any(self._pipelines_to_leave()):
+            return at_ns
+        reconsider_ns = self._now_ns + RECONSIDER_NS
+        return reconsider_ns if at_ns is None else min(at_ns, reconsider_ns)
 
     def stats(self, now_ns: int | None = None) -> CoreStats:
         """Rates are of the seconds before `now_ns`; None: before the last call that had a time."""
@@ -198,6 +236,25 @@ class SchedulerCore:
                 f"{num_waiting} requests are waiting, no more are taken",
                 retry_after_s=self._roster.counters.retry_after_s(num_waiting, self._now_ns),
             )
+        self._check_deadline(request)
+
+    def _check_deadline(self, request: Request) -> None:
+        if request.deadline_ns is None:
+            return
+        pipelines, max_tokens = self._pipelines.values(), self._limits.max_step_tokens
+        wait_ns = first_token_ns(request, self._roster.queue, pipelines, max_tokens)
+        remaining_ns = request.deadline_ns - self._now_ns
+        if wait_ns is not None and wait_ns > remaining_ns:
+            raise QueueFull(
+                f"the first token would take about {wait_ns / 1e9:.1f} s, the deadline leaves "
+                f"{max(0, remaining_ns) / 1e9:.1f} s",
+                retry_after_s=max(0.1, (wait_ns - remaining_ns) / 1e9),
+            )
+
+    def _lateness(self) -> StageMeshError:
+        if all(pipeline.is_suspended for pipeline in self._pipelines.values()):
+            return MeshUnavailable("no pipeline served before the deadline", retry_after_s=1.0)
+        return RequestDeadlineExceeded("the deadline has passed")
 
     def _too_long(self, num_tokens: int) -> str:
         return (
@@ -218,7 +275,7 @@ class SchedulerCore:
         self._admit()
         self._move_starved()
         steps = (
-            plan_step(pipeline, self._limits, self._preempt)
+            plan_step(pipeline, self._limits, self._preempt, self._now_ns)
             for pipeline in self._pipelines.values()
             if pipeline.num_step_slots > 0
         )
@@ -247,10 +304,27 @@ class SchedulerCore:
             if sequence.is_short_of_blocks and admission.could_admit(sequence):
                 self._preempt(sequence)
 
+    def _pipelines_to_leave(self) -> list[Pipeline]:
+        """Broken ones with sequences on them, while others serve."""
+        pipelines = self._pipelines.values()
+        if not any(pipeline.is_suspended for pipeline in pipelines):
+            return []
+        broken = [each for each in pipelines if each.is_suspended and each.running]
+        return broken if any(not each.is_suspended for each in pipelines) else []
+
+    def _move_from_broken(self) -> None:
+        for broken in self._pipelines_to_leave():
+            others = [other for other in self._pipelines.values() if not other.is_suspended]
+            for moved in move_from(broken, others, self._limits, self._preempt, self._now_ns):
+                self._roster.admit(moved, self._now_ns)
+
     def _preempt(self, sequence: Sequence) -> None:
         """Gives the sequence's blocks up; it waits again and will compute them anew."""
         assert sequence.pipeline is not None
         sequence.pipeline.dismiss(sequence)
+        if sequence.is_probe:
+            sequence.has_ended = True
+            return
         sequence.begin_run()
         self._roster.queue.add(sequence)
         self._roster.counters.num_preempted += 1
@@ -259,6 +333,11 @@ class SchedulerCore:
         sequence = row.sequence
         if answer.error is not None:
             self._fail(pipeline, sequence, answer.error)
+            return
+        if sequence.is_probe:
+            self._preempt(sequence)
+            return
+        if row.rebuild is not None:
             return
         sequence.num_computed = row.end
         sequence.prompt_logprobs += answer.prompt_logprobs
@@ -301,4 +380,7 @@ class SchedulerCore:
     def _end(
         self, sequence: Sequence, reason: EndReason, error: StageMeshError | None = None
     ) -> None:
+        if sequence.is_probe:
+            self._preempt(sequence)
+            return
         self._roster.end(sequence, reason, self._now_ns, error)

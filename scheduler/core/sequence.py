@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from scheduler.core.pipeline import Pipeline, PipelineFacts
 
 
+# Of requests that are no gateway's; incarnations are not negative.
+PROBE_GATEWAY = -1
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """A request that was accepted and has not ended.
@@ -55,6 +59,11 @@ class Sequence:
     @property
     def key(self) -> RequestKey:
         return self.request.key
+
+    @property
+    def is_probe(self) -> bool:
+        """A token that only shows whether a pipeline answers; nobody asked for it."""
+        return self.request.key.gateway == PROBE_GATEWAY
 
     @property
     def rank(self) -> tuple[int, int]:

@@ -13,7 +13,8 @@ from stagemesh.plan import Epoch, HopTiming
 @dataclass(frozen=True, slots=True)
 class PipelineStats:
     """`num_free_blocks` includes `num_cached_blocks`. `mean_timings`: one per stage, over the last
-    steps."""
+    steps. `num_lacking_tokens` counts what is still to be rebuilt, once per stage and block that
+    lacks it; `num_tokens_rebuilt` what has been since the epoch began, once per row."""
 
     pipeline_id: str
     epoch: Epoch
@@ -23,6 +24,8 @@ class PipelineStats:
     num_running: int
     steps_in_flight: int
     steps_done: int
+    num_lacking_tokens: int
+    num_tokens_rebuilt: int
     mean_timings: tuple[HopTiming, ...]
 
 
@@ -77,6 +80,8 @@ def pipeline_stats(pipeline: Pipeline) -> PipelineStats:
         num_running=len(pipeline.running),
         steps_in_flight=len(pipeline.in_flight),
         steps_done=pipeline.num_steps_done,
+        num_lacking_tokens=pipeline.lacks.num_tokens,
+        num_tokens_rebuilt=pipeline.num_tokens_rebuilt,
         mean_timings=_mean_timings(pipeline.recent_timings),
     )
 

@@ -30,6 +30,14 @@ class BlockTable:
         for group in self.groups:
             yield from group
 
+    def entry(self, index: int) -> tuple[int, ...]:
+        """The blocks of one entry, one per group."""
+        return tuple(group[index] for group in self.groups)
+
+    def log_block(self, index: int) -> int:
+        """Under which id stages log what they send for the positions of this entry."""
+        return self.groups[0][index]
+
     def share(self, pool: BlockPool, entry: tuple[int, ...]) -> None:
         """Appends blocks, one per group, that others may own too."""
         for group, block_id in zip(self.groups, entry, strict=True):

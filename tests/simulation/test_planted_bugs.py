@@ -152,14 +152,14 @@ def test_blocks_named_before_they_are_computed(monkeypatch: pytest.MonkeyPatch) 
     send = Pipeline.send
 
     def send_and_name(
-        self: Pipeline, rows: tuple[object, ...], in_flight: tuple[RowInFlight, ...]
+        self: Pipeline, rows: tuple[object, ...], in_flight: tuple[RowInFlight, ...], now_ns: int
     ) -> object:
         for row in in_flight:
             computed = row.sequence.num_computed
             row.sequence.num_computed = row.end
             self.name_computed_blocks(row.sequence)
             row.sequence.num_computed = computed
-        return send(self, rows, in_flight)  # type: ignore[arg-type]
+        return send(self, rows, in_flight, now_ns)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Pipeline, "send", send_and_name)
     caught()
@@ -196,9 +196,9 @@ def test_a_sequence_that_the_stages_are_never_told_to_forget(
 ) -> None:
     suspend = Pipeline.suspend
 
-    def suspend_forgetfully(self: Pipeline) -> None:
+    def suspend_forgetfully(self: Pipeline, now_ns: int) -> None:
         self.in_flight.clear()
-        suspend(self)
+        suspend(self, now_ns)
 
     monkeypatch.setattr(Pipeline, "suspend", suspend_forgetfully)
     assert "hold sequences for ever" in str(caught())
