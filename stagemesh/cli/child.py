@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import socket
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -49,13 +50,17 @@ class Child:
         self._output = output
         self._ready: asyncio.Future[Mapping[str, Any]] = asyncio.get_running_loop().create_future()
         self._failure: StageMeshError | None = None
+        self._started_s = time.monotonic()
+        self._ended_s: float | None = None
 
     @classmethod
     async def start(
         cls, role: str, name: str, command: Sequence[str], environ: Mapping[str, str]
     ) -> Child:
+        """Raises OSError where the host cannot start it."""
         link, childs_link = socket.socketpair()
         output_fd, childs_output_fd = os.pipe()
+        output = os.fdopen(output_fd, "rb", buffering=0)
         try:
             process = await asyncio.create_subprocess_exec(
                 *command,
@@ -67,10 +72,14 @@ class Child:
                 # A Ctrl-C at the terminal is ours to handle; the child is told by us.
                 start_new_session=True,
             )
+        except OSError:
+            link.close()
+            output.close()
+            raise
         finally:
             childs_link.close()
             os.close(childs_output_fd)
-        return cls(role, name, process, link=link, output=os.fdopen(output_fd, "rb", buffering=0))
+        return cls(role, name, process, link=link, output=output)
 
     @property
     def pid(self) -> int:
@@ -80,6 +89,16 @@ class Child:
     def alive(self) -> bool:
         return self._process.returncode is None
 
+    @property
+    def ended_well(self) -> bool:
+        return self._process.returncode == 0
+
+    @property
+    def lived_s(self) -> float:
+        """From its start until now or its end."""
+        now_s = time.monotonic() if self._ended_s is None else self._ended_s
+        return now_s - self._started_s
+
     async def pump(self, on_line: OnLine, log: Path | None) -> None:
         """Passes on the child's output, line by line, until it has ended and said all."""
         with contextlib.ExitStack() as stack:
@@ -88,6 +107,7 @@ class Child:
                 tasks.create_task(self._read_output(on_line, sink))
                 tasks.create_task(self._read_reports())
                 await self._process.wait()
+                self._ended_s = time.monotonic()
                 # Whatever it started and left behind would hold its output open.
                 self.kill_group()
         if not self._ready.done():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from stagemesh.cli.client import connection
 from stagemesh.cli.generate import stream_text, write_text
-from stagemesh.cli.local_mesh import Endpoints
+from stagemesh.cli.mesh_facts import Endpoints
 from stagemesh.cli.sampling_options import SamplingOptions
 from stagemesh.cli.up import run_mesh
 from stagemesh.cli.up_options import UpOptions

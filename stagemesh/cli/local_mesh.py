@@ -1,25 +1,28 @@
 """A whole mesh on this host: starts its processes, waits until it serves, and leaves none behind.
 
-The gateway and the scheduler are the mesh: if one dies, the rest is stopped and the error says
-which. Workers must all come up at first; one that dies later is reported and the mesh goes on.
+All must come up at first. Later a worker that dies is reported and the mesh goes on; without
+gateway or scheduler it ends, and the error says which. With `--restart` whatever dies is started
+again, at the same address.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import signal
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
 from protos import mesh_pb2
-from stagemesh.addresses import is_wildcard, join_address, split_address
 from stagemesh.cli.child import Child
 from stagemesh.cli.client import RPC_TIMEOUT_S, get_status
+from stagemesh.cli.held_ports import HeldPorts
+from stagemesh.cli.keeper import Keeper, KeeperView
+from stagemesh.cli.mesh_facts import Endpoints, ProcessFacts, dialled
 from stagemesh.cli.services import Service, gateway, scheduler, worker
 from stagemesh.cli.up_options import UpOptions
 from stagemesh.errors import StageMeshError
@@ -30,46 +33,13 @@ POLL_INTERVAL_S = 0.1
 STOP_GRACE_S = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class ProcessFacts:
-    """One process of the mesh; layers [start_layer, end_layer) where it is a worker."""
-
-    role: str
-    id: str
-    pid: int
-    address: str
-    start_layer: int | None = None
-    end_layer: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoints:
-    """Where a serving mesh is reached, as host:port."""
-
-    grpc: str
-    http: str
-    scheduler: str
-    processes: tuple[ProcessFacts, ...]
-
-    def worker_lines(self) -> list[str]:
-        """One line per worker, in the order of the layers."""
-        workers = [process for process in self.processes if process.role == "worker"]
-        workers.sort(key=lambda worker: (worker.start_layer or 0, worker.id))
-        return [
-            f"  {worker.id:<9}  layers {worker.start_layer}:{worker.end_layer}, pid {worker.pid}"
-            for worker in workers
-        ]
-
-
-class MeshView(Protocol):
+class MeshView(KeeperView, Protocol):
     """Who is told what happens."""
 
-    def on_line(self, process: str, line: str) -> None: ...
-    def on_started(self, process: str, role: str, pid: int) -> None: ...
-    def on_ready(self, process: str) -> None: ...
     def on_progress(self, status: mesh_pb2.GetStatusResponse) -> None: ...
     def on_stopping(self) -> None: ...
     def on_lost(self, process: str, error: StageMeshError) -> None: ...
+    def on_left(self, process: str) -> None: ...
 
 
 class LocalMesh:
@@ -78,8 +48,9 @@ class LocalMesh:
     def __init__(self, options: UpOptions, view: MeshView) -> None:
         self._options = options
         self._view = view
-        self._children: list[Child] = []
-        self._pumps = asyncio.TaskGroup()
+        self._ports = HeldPorts()
+        self._keepers: list[Keeper] = []
+        self._keeping = asyncio.TaskGroup()
         self._failed: asyncio.Future[StageMeshError] = asyncio.get_running_loop().create_future()
         self._stop_asked = asyncio.Event()
         self._hurry = asyncio.Event()
@@ -90,19 +61,26 @@ class LocalMesh:
             self._hurry.set()
         self._stop_asked.set()
 
+    def with_pids(self, endpoints: Endpoints) -> Endpoints:
+        """The same mesh with the processes of now."""
+        pids = {keeper.service.name: keeper.child.pid for keeper in self._keepers}
+        processes = (dataclasses.replace(p, pid=pids[p.id]) for p in endpoints.processes)
+        return dataclasses.replace(endpoints, processes=tuple(processes))
+
     async def run(self, while_serving: Callable[[Endpoints], Awaitable[None]]) -> None:
         """Starts the mesh, runs `while_serving`, and stops when that or anything essential ends.
 
         Raises why the mesh could not be formed or kept.
         """
         error: Exception | None = None
-        async with self._pumps:
-            try:
-                await self._work(while_serving)
-            except Exception as caught:  # raised again below, not wrapped in a group
-                error = caught
-            finally:
-                await self._stop_children()
+        with contextlib.closing(self._ports):
+            async with self._keeping:
+                try:
+                    await self._work(while_serving)
+                except Exception as caught:  # raised again below, not wrapped in a group
+                    error = caught
+                finally:
+                    await self._stop_children()
         if error is not None:
             raise error
 
@@ -124,51 +102,56 @@ class LocalMesh:
     async def _form_and(self, while_serving: Callable[[Endpoints], Awaitable[None]]) -> None:
         await while_serving(await self._form())
 
+    # ---- forming -------------------------------------------------------------------------------
+
     async def _form(self) -> Endpoints:
         # The others are told the address that the scheduler bound, never one that it may fail to
         # bind: a scheduler of another mesh could be there.
-        first = await self._start(scheduler(self._options))
-        scheduler_address = dialled((await self._wait_ready(first))["address"])
-        services = [gateway(self._options, scheduler_address)]
+        options = self._options
+        if options.restart:
+            options = self._ports.hold_fronts(options)
+        first = await self._start(scheduler(options))
+        scheduler_address = dialled((await first.child.wait_ready())["address"])
+        services = [gateway(options, scheduler_address)]
         services += [
-            worker(self._options, scheduler_address, index)
-            for index in range(self._options.num_workers)
+            worker(options, scheduler_address, index, self._worker_port())
+            for index in range(options.num_workers)
         ]
         front, *_ = await asyncio.gather(*map(self._start, services))
-        bound = await self._wait_ready(front)
+        bound = await front.child.wait_ready()
         grpc_address, http_address = dialled(bound["grpc"]), dialled(bound["http"])
         status = await self._wait_serving(scheduler_address, grpc_address)
         self._serving = True
-        addresses = {"scheduler": scheduler_address, "gateway": grpc_address}
-        return Endpoints(
-            grpc=grpc_address,
-            http=http_address,
-            scheduler=scheduler_address,
-            processes=tuple(_facts(child, status, addresses) for child in self._children),
+        processes = (
+            ProcessFacts("scheduler", "scheduler", first.child.pid, scheduler_address),
+            ProcessFacts("gateway", "gateway", front.child.pid, grpc_address),
+            *map(ProcessFacts.of_worker, status.workers),
         )
+        return Endpoints(grpc_address, http_address, scheduler_address, processes)
 
-    async def _wait_ready(self, child: Child) -> Mapping[str, Any]:
-        facts = await child.wait_ready()
-        self._view.on_ready(child.name)
-        return facts
+    def _worker_port(self) -> int:
+        return self._ports.hold("127.0.0.1") if self._options.restart else 0
 
-    async def _start(self, service: Service) -> Child:
-        child = await Child.start(service.role, service.name, service.command, service.environ)
-        self._children.append(child)
-        self._pumps.create_task(self._watch(child))
-        self._view.on_started(child.name, child.role, child.pid)
-        return child
+    async def _start(self, service: Service) -> Keeper:
+        keeper = Keeper(service, self._view, self._options.log_dir)
+        await keeper.start()
+        self._keepers.append(keeper)
+        self._keeping.create_task(keeper.run(self._was_last_life, self._stop_asked))
+        return keeper
 
-    async def _watch(self, child: Child) -> None:
-        log_dir = self._options.log_dir
-        await child.pump(self._view.on_line, log_dir / f"{child.name}.log" if log_dir else None)
+    def _was_last_life(self, child: Child) -> bool:
         if self._stop_asked.is_set():
-            return
-        error = child.failure()
+            return True
+        if self._serving and self._options.restart:
+            return False
         if self._serving and child.role == "worker":
-            self._view.on_lost(child.name, error)
+            if child.ended_well:
+                self._view.on_left(child.name)
+            else:
+                self._view.on_lost(child.name, child.failure())
         elif not self._failed.done():
-            self._failed.set_result(_named(error, child))
+            self._failed.set_result(_named(child.failure(), child))
+        return True
 
     async def _wait_serving(
         self, scheduler_address: str, grpc_address: str
@@ -185,25 +168,34 @@ class LocalMesh:
                 await asyncio.sleep(POLL_INTERVAL_S)
 
     def _is_formed(self, status: mesh_pb2.GetStatusResponse) -> bool:
+        """All pipelines serve; of the spares it is enough that they are there."""
         serving = [w for w in status.workers if w.state == mesh_pb2.WORKER_STATE_SERVING]
-        return status.mesh.serving and len(serving) >= self._options.num_workers
+        return (
+            status.mesh.serving
+            and len(serving) >= self._options.num_stage_workers
+            and len(status.workers) >= self._options.num_workers
+        )
+
+    # ---- stopping ------------------------------------------------------------------------------
 
     async def _stop_children(self) -> None:
         """Each part while those that it needs are still there: gateway, workers, scheduler."""
         self._stop_asked.set()
         self._view.on_stopping()
         drain_s = self._options.drain_timeout_s if self._serving else 0.0
-        await self._terminate("gateway", drain_s + STOP_GRACE_S)
-        await self._terminate("worker", STOP_GRACE_S)
-        await self._terminate("scheduler", STOP_GRACE_S)
-        for child in self._children:
-            child.kill_group()
-        await asyncio.gather(*(child.wait_ended() for child in self._children))
+        await self._end("gateway", signal.SIGTERM, drain_s + STOP_GRACE_S)
+        # SIGTERM would have them look for somebody who goes on with their work.
+        await self._end("worker", signal.SIGINT, STOP_GRACE_S)
+        await self._end("scheduler", signal.SIGTERM, STOP_GRACE_S)
+        for keeper in self._keepers:
+            keeper.child.kill_group()
+        await asyncio.gather(*(keeper.child.wait_ended() for keeper in self._keepers))
 
-    async def _terminate(self, role: str, grace_s: float) -> None:
-        alive = [child for child in self._children if child.role == role and child.alive]
+    async def _end(self, role: str, number: signal.Signals, grace_s: float) -> None:
+        children = [keeper.child for keeper in self._keepers if keeper.service.role == role]
+        alive = [child for child in children if child.alive]
         for child in alive:
-            child.signal(signal.SIGTERM)
+            child.signal(number)
         if not alive or self._hurry.is_set():
             return
         ended = asyncio.gather(*(child.wait_ended() for child in alive))
@@ -219,28 +211,6 @@ async def _serves(health: Any) -> bool:
     request = health_pb2.HealthCheckRequest(service="stagemesh.v1.TextGeneration")
     reply = await health.Check(request, timeout=RPC_TIMEOUT_S)
     return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
-
-
-def dialled(bound: object) -> str:
-    """Where this host reaches a server that is bound to `bound`, maybe a wildcard."""
-    host, port = split_address(str(bound))
-    return join_address("127.0.0.1" if is_wildcard(host) else host, port)
-
-
-def _facts(
-    child: Child, status: mesh_pb2.GetStatusResponse, addresses: Mapping[str, str]
-) -> ProcessFacts:
-    if child.role != "worker":
-        return ProcessFacts(child.role, child.name, child.pid, addresses[child.role])
-    (worker,) = (worker for worker in status.workers if worker.pid == child.pid)
-    return ProcessFacts(
-        child.role,
-        worker.worker_id,
-        child.pid,
-        worker.address,
-        start_layer=worker.span.start,
-        end_layer=worker.span.end,
-    )
 
 
 def _named(error: StageMeshError, child: Child) -> StageMeshError:

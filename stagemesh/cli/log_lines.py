@@ -12,7 +12,7 @@ from rich.text import Text
 
 from stagemesh.logs import LEVELS
 
-_STYLES = {"debug": "dim", "info": "", "warning": "yellow", "error": "bold red"}
+LEVEL_STYLES = {"debug": "dim", "info": "", "warning": "yellow", "error": "bold red"}
 _ALWAYS_SHOWN = "error"
 
 
@@ -43,7 +43,7 @@ class LogLine:
     def for_people(self, process: str) -> Text:
         line = Text(f"{self.time[11:19]} " if self.time else "", style="dim")
         line.append(f"{process:<10} ", style="cyan")
-        line.append(self.message, style=_STYLES.get(self.level, ""))
+        line.append(self.message, style=LEVEL_STYLES.get(self.level, ""))
         exception = self.fields.get("exception")
         for key, value in self.fields.items():
             if key not in ("exception", "role"):

@@ -43,12 +43,12 @@ def gateway(options: UpOptions, scheduler_address: str) -> Service:
     return _service("gateway", "gateway", flags, options)
 
 
-def worker(options: UpOptions, scheduler_address: str, index: int) -> Service:
+def worker(options: UpOptions, scheduler_address: str, index: int, port: int) -> Service:
     flags = {
         "--scheduler": scheduler_address,
         "--model": options.model_dir(),
         "--worker-id": f"worker-{index}",
-        "--listen": "127.0.0.1:0",
+        "--listen": f"127.0.0.1:{port}",
         "--device": options.device,
         "--dtype": options.dtype,
         "--max-kv-memory": options.max_kv_memory_bytes,

@@ -9,12 +9,21 @@ from rich.table import Table
 from rich.text import Text
 
 from protos import mesh_pb2, plan_pb2
+from stagemesh.cli.worker_states import is_spare, state_word
 
-_STATE_STYLES = {"serving": "green", "loading": "yellow", "idle": "dim"}
+_STATE_STYLES = {
+    "serving": "green",
+    "loading": "yellow",
+    "draining": "yellow",
+    "set": "bold red",
+    "spare": "cyan",
+    "idle": "dim",
+}
 
 
 def render(status: mesh_pb2.GetStatusResponse) -> RenderableType:
-    parts: list[RenderableType] = [_mesh(status), _workers(status.workers)]
+    parts: list[RenderableType] = [_mesh(status), _workers(status)]
+    parts += [_set_aside(worker) for worker in status.workers if worker.error]
     parts += [_pipeline(pipeline) for pipeline in status.pipelines]
     return Group(*_spaced([*parts, _queue(status.queue)]))
 
@@ -38,11 +47,11 @@ def _mesh(status: mesh_pb2.GetStatusResponse) -> Text:
     return line
 
 
-def _workers(workers: Iterable[mesh_pb2.WorkerStatus]) -> Table:
+def _workers(status: mesh_pb2.GetStatusResponse) -> Table:
     table = _table("worker", "state", "layers", "device", "address", "pid")
     _number_columns(table, "weights MiB", "RSS MiB", "steps", "busy %")
-    for worker in sorted(workers, key=lambda worker: (worker.span.start, worker.worker_id)):
-        state = _state(worker)
+    for worker in sorted(status.workers, key=lambda worker: _order(worker, status)):
+        state = state_word(worker, status)
         stats = worker.stats
         table.add_row(
             worker.worker_id,
@@ -59,6 +68,18 @@ def _workers(workers: Iterable[mesh_pb2.WorkerStatus]) -> Table:
     return table
 
 
+def _order(
+    worker: mesh_pb2.WorkerStatus, status: mesh_pb2.GetStatusResponse
+) -> tuple[bool, int, str]:
+    return is_spare(worker, status), worker.span.start, worker.worker_id
+
+
+def _set_aside(worker: mesh_pb2.WorkerStatus) -> Text:
+    line = Text(f"{worker.worker_id} is set aside: ", style="bold red")
+    line.append(worker.error, style="")
+    return line
+
+
 def _pipeline(pipeline: mesh_pb2.PipelineStatus) -> Group:
     epoch = pipeline.epoch
     used = pipeline.num_blocks - pipeline.num_free_blocks
@@ -72,12 +93,34 @@ def _pipeline(pipeline: mesh_pb2.PipelineStatus) -> Group:
         f" ({_share(used, pipeline.num_blocks)} %, {pipeline.num_cached_blocks} cached)",
         style="dim",
     )
+    if pipeline.HasField("mending"):
+        line.append("\n")
+        line.append(_mending(pipeline), style="" if pipeline.serving else "yellow")
     table = _table("stage", "worker")
     _number_columns(table, "receive ms", "queue ms", "compute ms", "serialise ms", "idle ms", "KiB")
     timings = {timing.stage: timing for timing in pipeline.mean_timings}
     for stage, worker_id in enumerate(pipeline.worker_ids):
-        table.add_row(str(stage), worker_id, *_hop(timings.get(stage)))
+        table.add_row(str(stage), worker_id or "(nobody)", *_hop(timings.get(stage)))
     return Group(line, table)
+
+
+def _mending(pipeline: mesh_pb2.PipelineStatus) -> str:
+    """How the pipeline went on after its epoch had ended, as far as it has come."""
+    mending = pipeline.mending
+    phases = (
+        ("workers", mending.fill_ns),
+        ("joining", mending.join_ns),
+        ("rebuilding", mending.rebuild_ns),
+    )
+    times = [f"{name} {ns / 1e6:.0f} ms" for name, ns in phases if ns]
+    if pipeline.num_lacking_tokens:
+        times.append(f"{pipeline.num_lacking_tokens} tokens lacking")
+    if mending.num_tokens_rebuilt:
+        times.append(f"{mending.num_tokens_rebuilt} tokens rebuilt")
+    if mending.num_blocks_moved:
+        times.append(f"{mending.num_blocks_moved} blocks moved")
+    is_over = pipeline.serving and not pipeline.num_lacking_tokens
+    return f"{'mended' if is_over else 'mending'} ({mending.reason}): {', '.join(times) or '…'}"
 
 
 def _hop(timing: plan_pb2.HopTiming | None) -> list[str]:
@@ -123,13 +166,6 @@ def _table(*columns: str) -> Table:
 def _number_columns(table: Table, *columns: str) -> None:
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
-
-
-def _state(worker: mesh_pb2.WorkerStatus) -> str:
-    name = mesh_pb2.WorkerState.Name(worker.state).removeprefix("WORKER_STATE_").lower()
-    if worker.state == mesh_pb2.WORKER_STATE_LOADING:
-        return f"{name} {worker.load_fraction:.0%}"
-    return name
 
 
 def _dtype(dtype: plan_pb2.DType) -> str:

@@ -10,7 +10,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 from stagemesh.cli.client import GATEWAY, SCHEDULER
-from stagemesh.cli.local_mesh import Endpoints, LocalMesh
+from stagemesh.cli.local_mesh import LocalMesh
+from stagemesh.cli.mesh_facts import Endpoints
 from stagemesh.cli.up_options import UpOptions
 from stagemesh.cli.up_view import UpView
 from stagemesh.cli.worker import require_worker_extra
@@ -32,7 +33,7 @@ def run(argv: Sequence[str]) -> int:
     )
 
     async def until_stopped(endpoints: Endpoints) -> None:
-        _announce(options, endpoints)
+        print(_welcome(options, endpoints), flush=True)
         await asyncio.Event().wait()
 
     return run_mesh(options, until_stopped)
@@ -70,6 +71,8 @@ async def _run(options: UpOptions, while_serving: WhileServing) -> None:
 
     async def serving(endpoints: Endpoints) -> None:
         view.end_progress()
+        _write_ready(options.ready_file, endpoints)
+        view.after_restart = lambda: _write_ready(options.ready_file, mesh.with_pids(endpoints))
         await while_serving(endpoints)
 
     view.begin()
@@ -92,21 +95,21 @@ def _forget(ready_file: Path | None) -> None:
         ready_file.unlink(missing_ok=True)
 
 
-def _announce(options: UpOptions, endpoints: Endpoints) -> None:
-    if options.ready_file is not None:
-        write_whole(options.ready_file, json.dumps(dataclasses.asdict(endpoints), indent=2) + "\n")
-    print(_welcome(options, endpoints), flush=True)
+def _write_ready(ready_file: Path | None, endpoints: Endpoints) -> None:
+    if ready_file is not None:
+        write_whole(ready_file, json.dumps(dataclasses.asdict(endpoints), indent=2) + "\n")
 
 
 def _welcome(options: UpOptions, endpoints: Endpoints) -> str:
     stages = "1 stage" if options.stages == 1 else f"{options.stages} stages"
     replicas = "" if options.replicas == 1 else f", {options.replicas} replicas"
+    spares = "" if not options.spares else f", {options.spares} to spare"
     target = "" if endpoints.grpc == GATEWAY else f" --target {endpoints.grpc}"
     scheduler = "" if endpoints.scheduler == SCHEDULER else f" --scheduler {endpoints.scheduler}"
     return "\n".join(
         [
             "",
-            f"StageMesh serves {options.model_dir().name} in {stages}{replicas}.",
+            f"StageMesh serves {options.model_dir().name} in {stages}{replicas}{spares}.",
             f"  gRPC       {endpoints.grpc}",
             f"  HTTP       http://{endpoints.http}/v1",
             f"  scheduler  {endpoints.scheduler}",

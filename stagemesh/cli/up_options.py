@@ -21,6 +21,10 @@ class UpOptions:
     model: Path | None = option(None, help="directory of the model [the demo model]")
     stages: int = option(2, help="pipeline stages", minimum=1, maximum=1024)
     replicas: int = option(1, help="pipelines, each of its own workers", minimum=1, maximum=1024)
+    spares: int = option(
+        0, help="idle workers that take the place of one that is lost", minimum=0, maximum=1024
+    )
+    restart: bool = option(False, help="start whatever dies again, at the same address")
     device: str | None = option(None, help="device of the workers: cpu, cuda, cuda:0")
     dtype: str | None = option(
         None, help="type to compute in", choices=("auto", "float32", "bfloat16", "float16")
@@ -72,8 +76,13 @@ class UpOptions:
             raise ConfigError("--grpc-port, --http-port and --scheduler-port must differ")
 
     @property
-    def num_workers(self) -> int:
+    def num_stage_workers(self) -> int:
+        """Those that the mesh needs to be whole."""
         return self.stages * self.replicas
+
+    @property
+    def num_workers(self) -> int:
+        return self.num_stage_workers + self.spares
 
     def model_dir(self) -> Path:
         """Raises ConfigError where there is no model."""
@@ -90,7 +99,7 @@ class UpOptions:
         asked = os.environ.get("OMP_NUM_THREADS", "")
         if asked.isdecimal() and int(asked) > 0:
             return int(asked)
-        return max(1, num_cores() // self.num_workers)
+        return max(1, num_cores() // self.num_stage_workers)
 
 
 def num_cores() -> int:

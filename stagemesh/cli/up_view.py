@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from protos import mesh_pb2
-from stagemesh.cli.log_lines import shower
+from stagemesh.cli.log_lines import LEVEL_STYLES, shower
 from stagemesh.cli.up_options import UpOptions
+from stagemesh.cli.worker_states import is_spare
 from stagemesh.errors import StageMeshError
 from stagemesh.process import LOG_FORMATS
 
@@ -51,6 +53,7 @@ class UpView:
         self._rows: dict[str, _Row] = {}
         self._names: dict[int, str] = {}
         self._live: Live | None = None
+        self.after_restart: Callable[[], None] = lambda: None
         self._log: Any = structlog.get_logger()
 
     def begin(self) -> None:
@@ -72,15 +75,17 @@ class UpView:
         self._changed(process, "starting")
 
     def on_ready(self, process: str) -> None:
-        self._rows[process].state = "serving"
-        self._changed(process, "serving")
+        if self._rows[process].role != "worker":  # the scheduler tells of these
+            self._rows[process].state = "serving"
+            self._changed(process, "serving")
 
     def on_progress(self, status: mesh_pb2.GetStatusResponse) -> None:
         for worker in status.workers:
             process = self._names.get(worker.pid)
             if process is None:
                 continue
-            row, state = self._rows[process], _STATES.get(worker.state, "")
+            row = self._rows[process]
+            state = "spare" if is_spare(worker, status) else _STATES.get(worker.state, "")
             row.layers = f"{worker.span.start}:{worker.span.end}" if worker.span.end else ""
             row.fraction = _fraction(worker)
             if row.state != state:
@@ -99,10 +104,27 @@ class UpView:
             self._log.info("stopping")
 
     def on_lost(self, process: str, error: StageMeshError) -> None:
+        self._tell("error", f"{process} is lost: {error}", process)
+
+    def on_left(self, process: str) -> None:
+        self._tell("info", f"{process} has left", process)
+
+    def on_restarting(self, process: str, why: str, pause_s: float) -> None:
+        when = "now" if pause_s < 1.0 else f"in {pause_s:.0f} s"
+        self._tell("warning", f"{process} is started again {when}, since it {why}", process)
+
+    def on_restarted(self, process: str, pid: int) -> None:
+        self._rows[process].pid = pid
+        self._names[pid] = process
+        self._tell("info", f"{process} is back, pid {pid}", process)
+        self.after_restart()
+
+    def _tell(self, level: str, message: str, process: str) -> None:
+        """What concerns whoever runs the mesh, whatever level of the services' logs is shown."""
         if self._as_json:
-            self._log.error("a worker is lost", process=process, error=str(error))
+            getattr(self._log, level)(message, process=process)
         else:
-            self._console.print(f"{process} is lost: {error}", style="bold red")
+            self._console.print(message, style=LEVEL_STYLES[level])
 
     def _changed(self, process: str, state: str, **facts: object) -> None:
         if self._live is None:
@@ -121,7 +143,7 @@ class UpView:
             if row.role == "worker":
                 bar = ProgressBar(total=1.0, completed=row.fraction, width=30)
             layers = f"layers {row.layers}" if row.layers else ""
-            style = "green" if row.state == "serving" else "yellow"
+            style = "green" if row.state in ("serving", "spare") else "yellow"
             table.add_row(process, Text(row.state, style=style), layers, bar)
         return table
 

@@ -82,6 +82,8 @@ class Mesh:
     channel: grpc.Channel
     scheduler_channel: grpc.Channel
     log: Path
+    # Says what `ready` does, with the processes of now where `up` starts them again.
+    ready_file: Path
 
     @property
     def stub(self) -> pb_grpc.TextGenerationStub:
@@ -164,7 +166,7 @@ def running_mesh(model: Path, *options: str, stages: int = 2, replicas: int = 1)
                 "the mesh to serve",
             )
             assert process.poll() is None, log.read_text()
-            yield from _serve(process, json.loads(ready_file.read_text()), log)
+            yield from _serve(process, ready_file, log)
             process.send_signal(signal.SIGINT)
             assert process.wait(timeout=30.0) == 0, log.read_text()
         finally:
@@ -180,9 +182,10 @@ def _end_with_the_tests() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def _serve(process: subprocess.Popen[bytes], ready: dict[str, Any], log: Path) -> Iterator[Mesh]:
+def _serve(process: subprocess.Popen[bytes], ready_file: Path, log: Path) -> Iterator[Mesh]:
+    ready = json.loads(ready_file.read_text())
     with (
         grpc.insecure_channel(ready["grpc"]) as channel,
         grpc.insecure_channel(ready["scheduler"]) as scheduler_channel,
     ):
-        yield Mesh(process, ready, channel, scheduler_channel, log)
+        yield Mesh(process, ready, channel, scheduler_channel, log, ready_file)
