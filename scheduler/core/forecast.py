@@ -11,9 +11,32 @@ from collections.abc import Iterable
 from scheduler.core.pipeline import Pipeline
 from scheduler.core.queue import WaitingQueue
 from scheduler.core.request import Request
+from stagemesh.errors import QueueFull
+
+_MIN_RETRY_S = 0.1
 
 
-def first_token_ns(
+def check_deadline(
+    request: Request,
+    queue: WaitingQueue,
+    pipelines: Iterable[Pipeline],
+    max_step_tokens: int,
+    now_ns: int,
+) -> None:
+    """Raises QueueFull where even the first token would come too late."""
+    if request.deadline_ns is None:
+        return
+    wait_ns = _first_token_ns(request, queue, pipelines, max_step_tokens)
+    remaining_ns = request.deadline_ns - now_ns
+    if wait_ns is not None and wait_ns > remaining_ns:
+        raise QueueFull(
+            f"the first token would take about {wait_ns / 1e9:.1f} s, the deadline leaves "
+            f"{max(0, remaining_ns) / 1e9:.1f} s",
+            retry_after_s=max(_MIN_RETRY_S, (wait_ns - remaining_ns) / 1e9),
+        )
+
+
+def _first_token_ns(
     request: Request, queue: WaitingQueue, pipelines: Iterable[Pipeline], max_step_tokens: int
 ) -> float | None:
     """Nanoseconds from now on; None while no pipeline serves or too little was measured.

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from scheduler.core.admission import AdmissionRound
-from scheduler.core.batch import plan_step
 from scheduler.core.events import EndReason, Finished, Tokens
-from scheduler.core.forecast import first_token_ns
+from scheduler.core.forecast import check_deadline
 from scheduler.core.integrity import check_core
 from scheduler.core.limits import SchedulerLimits
-from scheduler.core.moving import RECONSIDER_NS, move_from
+from scheduler.core.moving import RECONSIDER_NS
 from scheduler.core.pipeline import Pipeline, PipelineFacts, RowInFlight
+from scheduler.core.planner import Planner
 from scheduler.core.request import Request, RequestKey
 from scheduler.core.results import match_result
 from scheduler.core.roster import Roster
-from scheduler.core.sequence import PROBE_GATEWAY, Sequence
+from scheduler.core.sequence import PROBE, Sequence
 from scheduler.core.stats import CoreStats, core_stats
 from stagemesh.errors import (
     ContextLengthExceeded,
@@ -32,19 +31,6 @@ from stagemesh.errors import (
     StageMeshError,
 )
 from stagemesh.plan import NOT_FINITE, RowResult, Step, StepResult
-from stagemesh.sampling import SamplingSpec
-
-_WORST_PRIORITY = 2**31
-_PROBE = Request(
-    key=RequestKey(PROBE_GATEWAY, 0),
-    attempt=0,
-    label="probe",
-    prompt_token_ids=(0,),
-    output_token_ids=(),
-    sampling=SamplingSpec(),
-    max_tokens=1,
-    priority=_WORST_PRIORITY,
-)
 
 
 class SchedulerCore:
@@ -52,6 +38,7 @@ class SchedulerCore:
         self._limits = limits
         self._roster = Roster()
         self._pipelines: dict[str, Pipeline] = {}
+        self._planner = Planner(limits, self._roster, self._pipelines)
         self._max_capacity = 0  # of all pipelines, in tokens; 0 without one
         self._now_ns = 0
 
@@ -136,7 +123,7 @@ class SchedulerCore:
         assert pipeline.is_suspended, f"{facts.pipeline_id} was not suspended"
         assert facts.num_stages == pipeline.facts.num_stages
         assert facts.block_size_tokens == pipeline.facts.block_size_tokens
-        pipeline.resume(facts, lost_stages, self._preempt, now_ns)
+        pipeline.resume(facts, lost_stages, self._planner.preempt, now_ns)
         self._pipelines_changed()
 
     def blocks_in_use(self, pipeline_id: str) -> tuple[int, ...]:
@@ -163,7 +150,7 @@ class SchedulerCore:
         pipeline = self._pipelines.get(pipeline_id)
         if pipeline is None or pipeline.is_suspended or pipeline.running or pipeline.in_flight:
             return False
-        pipeline.admit(self._roster.number(_PROBE, now_ns), [])
+        pipeline.admit(self._roster.number(PROBE, now_ns), [])
         return True
 
     # ---- steps ---------------------------------------------------------------------------------
@@ -173,11 +160,7 @@ class SchedulerCore:
         self._now_ns = now_ns
         for sequence in self._roster.expired(now_ns):
             self._end(sequence, EndReason.ERROR, self._lateness())
-        self._move_from_broken()
-        steps: list[Step] = []
-        while made := self._schedule_round():
-            steps += made
-        return steps
+        return self._planner.plan(now_ns)
 
     def on_result(self, result: StepResult, now_ns: int) -> None:
         """Takes a step's answer. What belongs to an older epoch or was answered before is dropped.
@@ -205,7 +188,7 @@ class SchedulerCore:
     def next_deadline_ns(self) -> int | None:
         """When `schedule` must be called at the latest, if nothing else happens."""
         at_ns = self._roster.next_deadline_ns()
-        if not any(self._pipelines_to_leave()):
+        if not self._planner.pipelines_to_leave():
             return at_ns
         reconsider_ns = self._now_ns + RECONSIDER_NS
         return reconsider_ns if at_ns is None else min(at_ns, reconsider_ns)
@@ -236,20 +219,10 @@ class SchedulerCore:
                 f"{num_waiting} requests are waiting, no more are taken",
                 retry_after_s=self._roster.counters.retry_after_s(num_waiting, self._now_ns),
             )
-        self._check_deadline(request)
-
-    def _check_deadline(self, request: Request) -> None:
-        if request.deadline_ns is None:
-            return
-        pipelines, max_tokens = self._pipelines.values(), self._limits.max_step_tokens
-        wait_ns = first_token_ns(request, self._roster.queue, pipelines, max_tokens)
-        remaining_ns = request.deadline_ns - self._now_ns
-        if wait_ns is not None and wait_ns > remaining_ns:
-            raise QueueFull(
-                f"the first token would take about {wait_ns / 1e9:.1f} s, the deadline leaves "
-                f"{max(0, remaining_ns) / 1e9:.1f} s",
-                retry_after_s=max(0.1, (wait_ns - remaining_ns) / 1e9),
-            )
+        pipelines = self._pipelines.values()
+        check_deadline(
+            request, self._roster.queue, pipelines, self._limits.max_step_tokens, self._now_ns
+        )
 
     def _lateness(self) -> StageMeshError:
         if all(pipeline.is_suspended for pipeline in self._pipelines.values()):
@@ -270,72 +243,13 @@ class SchedulerCore:
             self._end_if_done(sequence)
             self._end_if_too_long(sequence)
 
-    def _schedule_round(self) -> list[Step]:
-        """At most one step for each pipeline."""
-        self._admit()
-        self._move_starved()
-        steps = (
-            plan_step(pipeline, self._limits, self._preempt, self._now_ns)
-            for pipeline in self._pipelines.values()
-            if pipeline.num_step_slots > 0
-        )
-        return [step for step in steps if step is not None]
-
-    def _admit(self) -> None:
-        best = self._roster.queue.best_priority
-        if best is None:
-            return
-        admission = AdmissionRound(self._pipelines.values(), best, self._limits, self._preempt)
-        for sequence in self._roster.queue:
-            if admission.is_over:
-                return
-            if admission.admit(sequence):
-                self._roster.admit(sequence, self._now_ns)
-
-    def _move_starved(self) -> None:
-        """Who waits for blocks of a full pipeline while another has room begins anew there."""
-        for pipeline in self._pipelines.values() if len(self._pipelines) > 1 else ():
-            if pipeline.pool.num_free > 0 or pipeline.num_step_slots <= 0:
-                continue
-            sequence = max(pipeline.running.values(), key=lambda one: one.rank)
-            others = [other for other in self._pipelines.values() if other is not pipeline]
-            priority = sequence.request.priority
-            admission = AdmissionRound(others, priority, self._limits, self._preempt)
-            if sequence.is_short_of_blocks and admission.could_admit(sequence):
-                self._preempt(sequence)
-
-    def _pipelines_to_leave(self) -> list[Pipeline]:
-        """Broken ones with sequences on them, while others serve."""
-        pipelines = self._pipelines.values()
-        if not any(pipeline.is_suspended for pipeline in pipelines):
-            return []
-        broken = [each for each in pipelines if each.is_suspended and each.running]
-        return broken if any(not each.is_suspended for each in pipelines) else []
-
-    def _move_from_broken(self) -> None:
-        for broken in self._pipelines_to_leave():
-            others = [other for other in self._pipelines.values() if not other.is_suspended]
-            for moved in move_from(broken, others, self._limits, self._preempt, self._now_ns):
-                self._roster.admit(moved, self._now_ns)
-
-    def _preempt(self, sequence: Sequence) -> None:
-        """Gives the sequence's blocks up; it waits again and will compute them anew."""
-        assert sequence.pipeline is not None
-        sequence.pipeline.dismiss(sequence)
-        if sequence.is_probe:
-            sequence.has_ended = True
-            return
-        sequence.begin_run()
-        self._roster.queue.add(sequence)
-        self._roster.counters.num_preempted += 1
-
     def _take_row(self, pipeline: Pipeline, row: RowInFlight, answer: RowResult) -> None:
         sequence = row.sequence
         if answer.error is not None:
             self._fail(pipeline, sequence, answer.error)
             return
         if sequence.is_probe:
-            self._preempt(sequence)
+            self._planner.preempt(sequence)
             return
         if row.rebuild is not None:
             return
@@ -381,6 +295,6 @@ class SchedulerCore:
         self, sequence: Sequence, reason: EndReason, error: StageMeshError | None = None
     ) -> None:
         if sequence.is_probe:
-            self._preempt(sequence)
+            self._planner.preempt(sequence)
             return
         self._roster.end(sequence, reason, self._now_ns, error)

@@ -14,13 +14,23 @@ from scheduler.core.prefix import HashChain, root_hash
 from scheduler.core.request import Request, RequestKey
 from scheduler.core.table import BlockTable
 from stagemesh.plan import SampledToken, SequenceRun, SequenceState
+from stagemesh.sampling import SamplingSpec
 
 if TYPE_CHECKING:
     from scheduler.core.pipeline import Pipeline, PipelineFacts
 
 
-# Of requests that are no gateway's; incarnations are not negative.
-PROBE_GATEWAY = -1
+# Asked for by no gateway (incarnations are not negative), and worse ranked than whatever is.
+PROBE = Request(
+    key=RequestKey(-1, 0),
+    attempt=0,
+    label="probe",
+    prompt_token_ids=(0,),
+    output_token_ids=(),
+    sampling=SamplingSpec(),
+    max_tokens=1,
+    priority=2**31,
+)
 
 
 @dataclass(slots=True, eq=False)
@@ -63,7 +73,7 @@ class Sequence:
     @property
     def is_probe(self) -> bool:
         """A token that only shows whether a pipeline answers; nobody asked for it."""
-        return self.request.key.gateway == PROBE_GATEWAY
+        return self.request is PROBE
 
     @property
     def rank(self) -> tuple[int, int]:

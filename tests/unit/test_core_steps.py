@@ -123,7 +123,7 @@ def test_decoding_that_fills_the_steps_takes_turns() -> None:
     drive = Drive(core)
     drive.plan()
     drive.answer()
-    core._limits = SchedulerLimits(max_step_tokens=3)
+    core._planner._limits = SchedulerLimits(max_step_tokens=3)
     for _ in range(20):
         drive.plan()
         drive.answer()
