@@ -120,6 +120,7 @@ class Driver:
         for effect in self.membership.take_effects():
             self._apply(effect, peers, links, now_ns)
         for step in self.core.schedule(now_ns):
+            self.membership.step_sent(step.pipeline_id)
             await links.send(step)
         for event in self.core.take_events():
             peers.deliver(event)

@@ -56,8 +56,7 @@ class Formation:
     def update(self, workers: Collection[Worker], model: ModelSummary, now_ns: int) -> None:
         """Fills places, forms what can be formed, and has spans loaded that are not."""
         self._updated_ns = now_ns
-        for pipeline in [p for p in self.pipelines if not p.members]:
-            self.pipelines.remove(pipeline)
+        self._drop_what_is_worthless()
         for pipeline in self.pipelines:
             self._fill(pipeline, workers, now_ns)
         while spans := self._plan(workers, model, now_ns):
@@ -72,6 +71,25 @@ class Formation:
         waits = not self.pipelines and any(worker.is_free for worker in workers)
         is_to_come = self._settled_ns > self._updated_ns and not self._num_stages
         return self._settled_ns if waits and is_to_come else None
+
+    def epoch_began(self, pipeline: MeshPipeline) -> None:
+        """Whoever joins gives up the KV that it has of another pipeline."""
+        for other in self.pipelines:
+            for worker in pipeline.members if other is not pipeline else ():
+                other.holders.forget(worker)
+
+    def forget_kv(self, worker: Worker) -> None:
+        """The process ended, or its memory is used for something else."""
+        for pipeline in self.pipelines:
+            pipeline.holders.forget(worker)
+
+    def _drop_what_is_worthless(self) -> None:
+        """A pipeline that nobody is in stays while somebody may come back with its KV."""
+        for pipeline in list(self.pipelines):
+            if pipeline.holders.are_gone:
+                pipeline.drop_kv()
+            if not pipeline.members and not pipeline.holders.is_counted_on:
+                self.pipelines.remove(pipeline)
 
     # ---- forming -------------------------------------------------------------------------------
 
@@ -114,6 +132,7 @@ class Formation:
     def _dissolve(self, pipeline: MeshPipeline, now_ns: int) -> None:
         for worker in pipeline.members:
             pipeline.vacate(worker, PeerLost("the layers are cut anew"), now_ns)
+        pipeline.drop_kv()
         self.pipelines.remove(pipeline)
 
     # ---- places --------------------------------------------------------------------------------
@@ -147,8 +166,12 @@ class Formation:
         for span, worker in zip(pipeline.spans, pipeline.workers, strict=True):
             is_wanting = worker is not None and worker.loading is None and not worker.holds(span)
             if worker is not None and worker.session is not None and is_wanting:
-                worker.loaded, worker.loading, worker.load_fraction = None, span, 0.0
-                self._emit(ToWorker(worker.session, LoadSpan(span)))
+                self._load(worker, worker.session, span)
+
+    def _load(self, worker: Worker, session: int, span: Span) -> None:
+        self.forget_kv(worker)
+        worker.loaded, worker.loading, worker.load_fraction = None, span, 0.0
+        self._emit(ToWorker(session, LoadSpan(span)))
 
 
 def _span_that_it_keeps(worker: Worker) -> Span | None:
@@ -161,7 +184,7 @@ def _span_that_it_keeps(worker: Worker) -> Span | None:
 def _best_free(workers: Collection[Worker], span: Span, worst_rank: int = 2) -> Worker | None:
     """By the rank that `Worker.suits` gives."""
     suiting = [
-        (rank, worker.num_failures, worker.number, worker)
+        (rank, worker.conduct.num_failures, worker.number, worker)
         for worker in workers
         if worker.is_free and (rank := worker.suits(span)) is not None and rank <= worst_rank
     ]

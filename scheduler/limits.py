@@ -17,5 +17,6 @@ class MembershipLimits:
     num_replicas: int = 0
     settle_ns: int = 5_000_000_000
     lease_ns: int = 2_000_000_000
+    reconnect_grace_ns: int = 250_000_000
     join_timeout_ns: int = 30_000_000_000
     max_model_len: int | None = None

@@ -15,14 +15,7 @@ import structlog
 from scheduler.agreement import MeshModel
 from scheduler.formation import Formation, other_block_sizes
 from scheduler.limits import MembershipLimits
-from scheduler.messages import (
-    AddPipeline,
-    Effect,
-    EndSession,
-    LoadedSpan,
-    Registration,
-    ResumePipeline,
-)
+from scheduler.messages import Effect, EndSession, LoadedSpan, Registration
 from scheduler.pipelines import MeshPipeline
 from scheduler.placement import check_num_stages, check_span
 from scheduler.roster import Roster
@@ -50,7 +43,7 @@ class Membership:
         self._formation = Formation(
             limits.num_stages, limits.num_replicas, limits.settle_ns, term, self._effects.append
         )
-        self._roster = Roster(limits.lease_ns)
+        self._roster = Roster(limits.lease_ns, limits.reconnect_grace_ns)
         self._numbers = count(1)
 
     # ---- what others ask -----------------------------------------------------------------------
@@ -84,7 +77,7 @@ class Membership:
     def wakeup_ns(self) -> int | None:
         """When `tick` must be called at the latest, if nothing else happens."""
         times = [
-            self._roster.next_lease_end_ns(),
+            self._roster.next_end_ns(),
             self._formation.wakeup_ns(self.workers),
             *(pipeline.wakeup_ns() for pipeline in self._formation.pipelines),
         ]
@@ -103,9 +96,11 @@ class Membership:
             self._reattach(old, session, registration, now_ns)
             return
         if old is not None:
-            error = ProtocolError(f"another process registered as worker {old.worker_id}")
-            self._remove(old, error, now_ns, refusal=error)
-        worker = Worker(registration, session, now_ns, next(self._numbers), registration.loaded)
+            news = f"another process registered as worker {old.worker_id}"
+            self._remove(old, PeerLost(news), now_ns, refusal=ProtocolError(news))
+            self._formation.forget_kv(old)
+        worker = Worker(registration, session, now_ns, next(self._numbers))
+        worker.loaded = registration.loaded
         self._roster.add(worker)
         log.info("a worker registered", worker=worker.worker_id, address=registration.address)
         self._formation.worker_registered(worker, now_ns)
@@ -117,11 +112,11 @@ class Membership:
             worker.stats = stats or worker.stats
 
     def disconnected(self, session: int, now_ns: int) -> None:
-        """The stream broke. The worker has until the end of its lease to come back."""
+        """The stream broke. The worker has a short while to come back."""
         worker = self._roster.on(session)
         if worker is None:
             return
-        self._roster.detach(worker)
+        self._roster.detach(worker, now_ns)
         log.warning("the stream of a worker broke", worker=worker.worker_id)
         if worker.pipeline is not None:
             lost = PeerLost(f"the stream of worker {worker.worker_id} broke")
@@ -131,6 +126,7 @@ class Membership:
         if worker := self._roster.on(session):
             log.info("a worker leaves", worker=worker.worker_id, reason=reason)
             self._remove(worker, PeerLost(f"worker {worker.worker_id} left: {reason}"), now_ns)
+            self._formation.forget_kv(worker)
 
     # ---- loading -------------------------------------------------------------------------------
 
@@ -158,11 +154,11 @@ class Membership:
     # ---- epochs --------------------------------------------------------------------------------
 
     def epoch_joined(self, session: int, pipeline_id: str, epoch: Epoch) -> None:
+        """Whether that was all comes out at the next `tick`."""
         worker = self._roster.on(session)
         pipeline = self._current(pipeline_id, epoch)
         if worker is not None and pipeline is not None and worker.pipeline is pipeline:
             pipeline.worker_joined(worker)
-            self._serve_if_joined(pipeline)
 
     def epoch_broken(
         self,
@@ -187,7 +183,6 @@ class Membership:
         """The scheduler's own stream to the first stage."""
         if pipeline := self._current(pipeline_id, epoch):
             pipeline.stream_opened()
-            self._serve_if_joined(pipeline)
 
     def stream_broken(
         self, pipeline_id: str, epoch: Epoch, error: StageMeshError, now_ns: int
@@ -195,6 +190,10 @@ class Membership:
         """A stream between the scheduler and a stage, of steps or of results."""
         if pipeline := self._current(pipeline_id, epoch):
             self._end_epoch(pipeline, [], error, now_ns)
+
+    def step_sent(self, pipeline_id: str) -> None:
+        if pipeline := self.pipeline(pipeline_id):
+            pipeline.step_sent()
 
     def step_done(self, pipeline_id: str) -> None:
         if pipeline := self.pipeline(pipeline_id):
@@ -204,18 +203,22 @@ class Membership:
 
     def tick(self, now_ns: int) -> None:
         """Ends leases and joins that take too long, fills places, begins epochs."""
-        for worker in self._roster.silent(now_ns):
-            lost = PeerLost(f"worker {worker.worker_id} was silent for too long")
+        for worker in self._roster.lost(now_ns):
+            how = "was silent for too long" if worker.away_ns is None else "did not come back"
+            lost = PeerLost(f"worker {worker.worker_id} {how}")
             log.warning("a worker is lost", worker=worker.worker_id, reason=str(lost))
             self._remove(worker, lost, now_ns)
         for pipeline in self._formation.pipelines:
+            if pipeline.has_joined:
+                self._serve(pipeline, now_ns)
             self._end_late_join(pipeline, now_ns)
         if self.model.summary is not None:
             self._formation.update(self.workers, self.model.summary, now_ns)
         for pipeline in self._formation.pipelines:
             for worker, error in other_block_sizes(pipeline):
                 self._remove(worker, error, now_ns, refusal=error)
-            pipeline.advance(now_ns, self._limits.join_timeout_ns)
+            if pipeline.advance(now_ns, self._limits.join_timeout_ns):
+                self._formation.epoch_began(pipeline)
 
     # ---- inside --------------------------------------------------------------------------------
 
@@ -233,8 +236,8 @@ class Membership:
         if worker.session is not None:
             self._effects.append(EndSession(worker.session))
             self.disconnected(worker.session, now_ns)
-        self._roster.attach(worker, session)
-        worker.registration, worker.heard_ns = registration, now_ns
+        self._roster.attach(worker, session, now_ns)
+        worker.registration = registration
         worker.loaded, worker.loading = registration.loaded, None
         log.info("a worker is back", worker=worker.worker_id)
 
@@ -248,7 +251,7 @@ class Membership:
     ) -> None:
         if worker.pipeline is not None:
             worker.pipeline.vacate(worker, reason, now_ns)
-        session = self._roster.remove(worker)
+        session = self._roster.remove(worker, now_ns)
         if session is not None:
             self._effects.append(EndSession(session, refusal))
         if not self._roster.workers:
@@ -259,13 +262,9 @@ class Membership:
         pipeline = self.pipeline(pipeline_id)
         return pipeline if pipeline is not None and pipeline.is_current(epoch) else None
 
-    def _serve_if_joined(self, pipeline: MeshPipeline) -> None:
-        if not pipeline.has_joined:
-            return
+    def _serve(self, pipeline: MeshPipeline, now_ns: int) -> None:
         self.model.pin()
-        is_new = pipeline.serve()
-        facts = pipeline.facts(self.model, self.max_model_len)
-        self._effects.append(AddPipeline(facts) if is_new else ResumePipeline(facts))
+        pipeline.serve(pipeline.facts(self.model, self.max_model_len), now_ns)
         log.info("a pipeline serves", pipeline=pipeline.pipeline_id, n=pipeline.epoch.n)
 
     def _end_late_join(self, pipeline: MeshPipeline, now_ns: int) -> None:
@@ -285,8 +284,8 @@ class Membership:
     ) -> None:
         """Through the culprits, where they are known. One that goes on failing is an error."""
         for worker in culprits:
-            worker.num_failures += 1
-        most = max((worker.num_failures for worker in culprits), default=0)
+            worker.conduct.num_failures += 1
+        most = max((worker.conduct.num_failures for worker in culprits), default=0)
         (log.error if most >= _REPORT_FAILURES else log.warning)(
             "an epoch ended",
             pipeline=pipeline.pipeline_id,

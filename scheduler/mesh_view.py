@@ -40,8 +40,8 @@ def view_of(membership: Membership) -> MeshView:
 
 
 def _capacity(membership: Membership, pipeline: MeshPipeline) -> int:
-    """Longest sequence, in tokens; a place that is vacant does not bound it."""
-    return min(membership.max_model_len, pipeline.num_blocks * pipeline.block_size_tokens)
+    """Longest sequence that was held, in tokens."""
+    return min(membership.max_model_len, pipeline.num_tokens_served)
 
 
 def _detail(workers: Sequence[Worker], pipelines: Sequence[MeshPipeline]) -> str:

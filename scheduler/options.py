@@ -52,6 +52,12 @@ class SchedulerOptions:
         kind=Kind.DURATION,
         minimum=0.02,
     )
+    reconnect_grace_s: float = option(
+        0.25,
+        help="how long a worker whose connection broke keeps its place",
+        kind=Kind.DURATION,
+        minimum=0.0,
+    )
     join_timeout_s: float = option(
         30.0,
         help="how long the workers of a pipeline may take to join",
@@ -102,6 +108,7 @@ class SchedulerOptions:
             num_replicas=self.num_replicas,
             settle_ns=round(self.settle_s * 1e9),
             lease_ns=round(self.lease_s * 1e9),
+            reconnect_grace_ns=round(self.reconnect_grace_s * 1e9),
             join_timeout_ns=round(self.join_timeout_s * 1e9),
             max_model_len=self.max_model_len,
         )

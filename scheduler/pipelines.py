@@ -3,8 +3,8 @@
     idle -> joining -> serving -> idle -> ...
 
 An epoch is joined by all members and by the scheduler's own stream to the first stage, or ended.
-Sans-IO: effects go to `emit`, time comes in. What the KV of the members is worth is kept here:
-while the same processes hold the same loads it stays valid from epoch to epoch.
+Sans-IO: effects go to `emit`, time comes in. A worker that is replaced costs the KV of its stage
+alone: see holders.py.
 """
 
 from __future__ import annotations
@@ -14,28 +14,25 @@ from enum import Enum
 
 from scheduler.agreement import MeshModel
 from scheduler.core import PipelineFacts
+from scheduler.holders import KvHolders
+from scheduler.mending import Mending
 from scheduler.messages import (
+    AddPipeline,
     CloseStream,
     Effect,
     FailOldestStep,
     JoinEpoch,
     LeaveEpoch,
-    LoadedSpan,
     OpenStream,
     RemovePipeline,
+    ResumePipeline,
     SuspendPipeline,
     ToWorker,
 )
+from scheduler.trials import Trials
 from scheduler.workers import Worker
-from stagemesh.errors import InternalError, PeerLost, StageMeshError, StaleEpoch
+from stagemesh.errors import InternalError, StageMeshError
 from stagemesh.plan import Epoch, Span
-
-_FIRST_BACKOFF_NS = 50_000_000
-_MAX_BACKOFF_NS = 5_000_000_000
-# Epochs in a row without a step done, after which neither KV nor the step is trusted.
-_MAX_FAILURES = 2
-
-_Owner = tuple[str, int, LoadedSpan | None]
 
 
 class Phase(Enum):
@@ -53,22 +50,29 @@ class MeshPipeline:
         self.workers: list[Worker | None] = [None] * len(spans)
         self.phase = Phase.IDLE
         self.epoch = Epoch(term, 0)
-        self.has_served = False
+        # Room for KV in the latest epoch that served; 0 before.
+        self.num_tokens_served = 0
         self.last_error: StageMeshError | None = None
-        self.num_failures = 0
+        self.mending: Mending | None = None
+        self.trials = Trials()
+        self.holders = KvHolders(len(spans))
         self._emit = emit
-        self._joined: set[int] = set()
+        # Stages that joined this epoch, and whether they have their KV.
+        self._joined: dict[int, bool] = {}
         self._is_stream_open = False
+        self._had_step = False
         self._join_deadline_ns = 0
         self._retry_ns = 0
-        # Whose KV the core counts on; None while the core does not know the pipeline.
-        self._kv_owners: tuple[_Owner, ...] | None = None
 
     # ---- what others ask -----------------------------------------------------------------------
 
     @property
     def is_serving(self) -> bool:
         return self.phase is Phase.SERVING
+
+    @property
+    def has_served(self) -> bool:
+        return self.num_tokens_served > 0
 
     @property
     def num_stages(self) -> int:
@@ -82,11 +86,6 @@ class MeshPipeline:
     def vacancies(self) -> list[int]:
         return [stage for stage, worker in enumerate(self.workers) if worker is None]
 
-    @property
-    def keeps_kv(self) -> bool:
-        """Whether the core goes on with the KV that the members hold."""
-        return self._kv_owners is not None
-
     def is_ready(self, stage: int) -> bool:
         """Whether the stage's worker is there with its span loaded."""
         worker = self.workers[stage]
@@ -96,6 +95,10 @@ class MeshPipeline:
             and worker.loading is None
             and worker.holds(self.spans[stage])
         )
+
+    @property
+    def is_complete(self) -> bool:
+        return all(map(self.is_ready, range(self.num_stages)))
 
     def facts(self, model: MeshModel, max_model_len: int) -> PipelineFacts:
         assert model.summary is not None
@@ -108,6 +111,7 @@ class MeshPipeline:
             max_model_len=max_model_len,
             model_identity=model.identity,
             dynamic_rope_length=model.summary.dynamic_rope_length,
+            num_log_blocks=self._num_log_blocks(),
         )
 
     def is_current(self, epoch: Epoch) -> bool:
@@ -128,9 +132,7 @@ class MeshPipeline:
         """When `advance` has something to do, if nothing else happens."""
         if self.phase is Phase.JOINING:
             return self._join_deadline_ns
-        if self.phase is Phase.IDLE and all(map(self.is_ready, range(self.num_stages))):
-            return self._retry_ns
-        return None
+        return self._retry_ns if self.phase is Phase.IDLE and self.is_complete else None
 
     # ---- members -------------------------------------------------------------------------------
 
@@ -140,38 +142,46 @@ class MeshPipeline:
         worker.pipeline = self
 
     def vacate(self, worker: Worker, error: StageMeshError, now_ns: int) -> None:
-        """The worker is no longer of the pipeline; its KV is lost."""
+        """The worker is no longer of the pipeline. What KV it has may be of use yet."""
         self.end_epoch(error, now_ns)
-        self.drop_kv()
         self.workers[self.workers.index(worker)] = None
         worker.pipeline = None
-        # Whoever takes the place need not wait for what its predecessor did.
-        self.num_failures, self._retry_ns = 0, now_ns
+        self.trials.begin_anew()
+        self._retry_ns = now_ns
 
     def drop_kv(self) -> None:
-        if self._kv_owners is not None:
-            self._kv_owners = None
+        """Nothing of it is worth anything: what it was of is computed again."""
+        if self.holders.is_counted_on:
+            self.holders.forget_all()
             self._emit(RemovePipeline(self.pipeline_id))
 
     # ---- epochs --------------------------------------------------------------------------------
 
-    def advance(self, now_ns: int, join_timeout_ns: int) -> None:
-        """Begins an epoch when everybody is there and it is time."""
-        is_due = self.phase is Phase.IDLE and now_ns >= self._retry_ns
-        if is_due and all(map(self.is_ready, range(self.num_stages))):
-            self._begin_epoch(now_ns + join_timeout_ns)
+    def advance(self, now_ns: int, join_timeout_ns: int) -> bool:
+        """Whether an epoch begins now: everybody is there and it is time."""
+        if self.phase is not Phase.IDLE:
+            return False
+        is_complete = self.is_complete
+        if self.mending is not None and self.mending.joined_ns is None:
+            self.mending.filled_ns = (self.mending.filled_ns or now_ns) if is_complete else None
+        if not is_complete or now_ns < self._retry_ns:
+            return False
+        self._begin_epoch(now_ns + join_timeout_ns)
+        return True
 
     def late_members(self, now_ns: int) -> list[Worker]:
         """Those who have not joined in time."""
-        if self.phase is not Phase.JOINING or now_ns < self._join_deadline_ns:
+        if not self.is_late(now_ns):
             return []
-        return [worker for worker in self.members if worker.number not in self._joined]
+        places = enumerate(self.workers)
+        return [each for stage, each in places if each is not None and stage not in self._joined]
 
     def is_late(self, now_ns: int) -> bool:
         return self.phase is Phase.JOINING and now_ns >= self._join_deadline_ns
 
     def worker_joined(self, worker: Worker) -> None:
-        self._joined.add(worker.number)
+        stage = self.workers.index(worker)
+        self._joined[stage] = self.holders.holds(stage, worker)
 
     def stream_opened(self) -> None:
         self._is_stream_open = True
@@ -182,13 +192,19 @@ class MeshPipeline:
         everybody = len(self._joined) == self.num_stages and self._is_stream_open
         return self.phase is Phase.JOINING and everybody
 
-    def serve(self) -> bool:
-        """Everybody has joined. Returns whether the core must take the pipeline as a new one."""
-        is_new = self._kv_owners is None
-        self._kv_owners = self._owners()
+    def serve(self, facts: PipelineFacts, now_ns: int) -> None:
+        """Everybody has joined."""
+        lost_stages = frozenset(stage for stage, has_kv in self._joined.items() if not has_kv)
+        if self.holders.is_counted_on:
+            self._emit(ResumePipeline(facts, lost_stages))
+        else:
+            self._emit(AddPipeline(facts))
+        self.holders.settle(self.members)
         self.phase = Phase.SERVING
-        self.has_served = True
-        return is_new
+        self.num_tokens_served = facts.num_blocks * facts.block_size_tokens
+        if self.mending is not None and self.mending.joined_ns is None:
+            self.mending.joined_ns = now_ns
+            self.mending.num_lost_stages = len(lost_stages)
 
     def end_epoch(self, error: StageMeshError, now_ns: int) -> None:
         """Nothing more is done in the epoch; the next one begins after a while that grows."""
@@ -199,31 +215,42 @@ class MeshPipeline:
         for worker in self.members:
             self._tell(worker, LeaveEpoch(self.pipeline_id, self.epoch))
         self._emit(CloseStream(self.pipeline_id, self.epoch))
-        backoff_ns = _FIRST_BACKOFF_NS << min(self.num_failures, 10)
-        self._retry_ns = now_ns + min(_MAX_BACKOFF_NS, backoff_ns)
-        self.num_failures += 1
-        if self.num_failures > _MAX_FAILURES:
-            if was_serving and not isinstance(error, PeerLost | StaleEpoch):
-                undone = InternalError(f"the mesh could not execute the request: {error}")
-                self._emit(FailOldestStep(self.pipeline_id, undone))
-            self.drop_kv()
+        had_step, self._had_step = self._had_step, False
+        self._retry_ns = now_ns + self.trials.failed(error, had_step=had_step)
         if was_serving:
-            self._emit(SuspendPipeline(self.pipeline_id))
+            self.mending = Mending(str(error), now_ns)
+            self._suspend(error)
+
+    def step_sent(self) -> None:
+        self._had_step = True
 
     def step_done(self) -> None:
         """The epoch is worth something: whatever went wrong before is forgiven."""
-        self.num_failures = 0
+        self._had_step = False
+        self.trials.succeeded()
         self.last_error = None
         for worker in self.members:
-            worker.num_failures = 0
+            worker.conduct.num_failures = 0
+
+    # ---- inside --------------------------------------------------------------------------------
+
+    def _suspend(self, error: StageMeshError) -> None:
+        """What is to end must be said while the core still has the steps in flight."""
+        if self.trials.is_step_hopeless:
+            undone = InternalError(f"the mesh could not execute the request: {error}")
+            self._emit(FailOldestStep(self.pipeline_id, undone))
+        if self.trials.is_kv_suspect:
+            self.drop_kv()
+        else:
+            self._emit(SuspendPipeline(self.pipeline_id))
+        if self.trials.is_step_hopeless:
+            self.trials.gave_up()
 
     def _begin_epoch(self, deadline_ns: int) -> None:
-        if self._kv_owners != self._owners():
-            self.drop_kv()
         self.epoch = Epoch(self.epoch.term, self.epoch.n + 1)
         self.phase = Phase.JOINING
-        self._joined = set()
-        self._is_stream_open = False
+        self._joined = {}
+        self._is_stream_open = self._had_step = False
         self._join_deadline_ns = deadline_ns
         addresses = [worker.registration.address for worker in self.members]
         for stage, worker in enumerate(self.members):
@@ -231,10 +258,10 @@ class MeshPipeline:
             next_address = (
                 worker.registration.scheduler_address if is_last else addresses[stage + 1]
             )
-            self._tell(worker, self._join_command(stage, next_address))
+            self._tell(worker, self._join_command(stage, worker, next_address))
         self._emit(OpenStream(self.pipeline_id, self.epoch, addresses[0]))
 
-    def _join_command(self, stage: int, next_address: str) -> JoinEpoch:
+    def _join_command(self, stage: int, worker: Worker, next_address: str) -> JoinEpoch:
         return JoinEpoch(
             pipeline_id=self.pipeline_id,
             epoch=self.epoch,
@@ -242,14 +269,13 @@ class MeshPipeline:
             num_stages=self.num_stages,
             next_address=next_address,
             num_blocks=self.num_blocks,
-            keep_kv=self.keeps_kv,
+            keep_kv=self.holders.holds(stage, worker),
         )
 
-    def _owners(self) -> tuple[_Owner, ...]:
-        return tuple(
-            (worker.worker_id, worker.registration.incarnation, worker.loaded)
-            for worker in self.members
-        )
+    def _num_log_blocks(self) -> tuple[int, ...]:
+        """What a last stage sends is nobody's input."""
+        loads = [worker.loaded for worker in self.members]
+        return (*(load.num_log_blocks if load else 0 for load in loads[:-1]), 0)
 
     def _tell(self, worker: Worker, command: JoinEpoch | LeaveEpoch) -> None:
         if worker.session is not None:

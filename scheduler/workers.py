@@ -35,6 +35,19 @@ class WorkerStats:
     bytes_sent: int = 0
     messages_sent: int = 0
     sequences_held: int = 0
+    available_memory_bytes: int = 0
+    blocks_received: int = 0
+
+
+@dataclass(slots=True)
+class Conduct:
+    """How a worker did so far, whichever of its processes; kept while it is away."""
+
+    # Epochs in a row that ended through it.
+    num_failures: int = 0
+    num_times_aside: int = 0
+    # Until then others are preferred to it.
+    aside_until_ns: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -45,14 +58,15 @@ class Worker:
     session: int | None
     heard_ns: int
     number: int
+    conduct: Conduct = field(default_factory=Conduct)
     loaded: LoadedSpan | None = None
     loading: Span | None = None
     load_fraction: float = 0.0
     pipeline: MeshPipeline | None = None
     # Why it cannot be used; it stays a member that does nothing.
     error: StageMeshError | None = None
-    # Epochs in a row that ended through it.
-    num_failures: int = 0
+    # Since when its stream is broken.
+    away_ns: int | None = None
     stats: WorkerStats = field(default_factory=WorkerStats)
 
     @property

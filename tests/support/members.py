@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
 
 from scheduler.core import PipelineFacts
@@ -33,7 +34,11 @@ S = 1_000_000_000
 TERM = 7
 
 LIMITS = MembershipLimits(
-    settle_ns=5 * S, lease_ns=2 * S, join_timeout_ns=10 * S, max_model_len=None
+    settle_ns=5 * S,
+    lease_ns=2 * S,
+    reconnect_grace_ns=S // 4,
+    join_timeout_ns=10 * S,
+    max_model_len=None,
 )
 
 
@@ -67,6 +72,8 @@ class FakeWorker:
     block_size_tokens: int = 16
     loaded: LoadedSpan | None = None
     commands: list[LoadSpan | JoinEpoch | LeaveEpoch] = field(default_factory=list)
+    # Which of all KV that ever was its own is.
+    kv: int | None = None
 
     @property
     def last_join(self) -> JoinEpoch:
@@ -74,7 +81,10 @@ class FakeWorker:
 
 
 class FakeMesh:
-    """`workers` are by id; `core` is what the core would know; `ended` are sessions that ended."""
+    """`workers` are by id; `core` is what the core would know; `ended` are sessions that ended.
+
+    Checks that whoever is told to keep its KV, or not lost, has the KV that the core counts on.
+    """
 
     def __init__(self, limits: MembershipLimits = LIMITS) -> None:
         self.members = Membership(limits, TERM)
@@ -88,6 +98,8 @@ class FakeMesh:
         self.streams_open = True
         self._open: set[tuple[str, object]] = set()
         self._sessions = iter(range(1, 10**6))
+        self._kv: dict[str, list[int]] = {}
+        self._kv_serials = count()
 
     # ---- workers -------------------------------------------------------------------------------
 
@@ -170,15 +182,19 @@ class FakeMesh:
             case AddPipeline(facts):
                 assert facts.pipeline_id not in self.core
                 self.core[facts.pipeline_id] = facts
+                self._kv[facts.pipeline_id] = [-1] * facts.num_stages
+                self._settle_kv(facts, range(facts.num_stages))
             case SuspendPipeline(pipeline_id):
-                self.suspended |= self.core.keys() & {pipeline_id}
+                assert pipeline_id in self.core
+                self.suspended.add(pipeline_id)
             case ResumePipeline(facts, lost_stages):
                 assert facts.epoch > self.core[facts.pipeline_id].epoch
                 self.suspended.remove(facts.pipeline_id)
                 self.core[facts.pipeline_id] = facts
                 self.resumes.append((facts.pipeline_id, set(lost_stages)))
+                self._settle_kv(facts, lost_stages)
             case FailOldestStep(pipeline_id, _):
-                assert pipeline_id in self.core
+                assert pipeline_id in self.core.keys() - self.suspended
                 self.failed_steps.append(pipeline_id)
             case RemovePipeline(pipeline_id):
                 del self.core[pipeline_id]
@@ -189,10 +205,30 @@ class FakeMesh:
         if worker is None:  # a process that was replaced
             return
         worker.commands.append(command)
-        if isinstance(command, LoadSpan) and worker.loads:
-            self.finish_load(worker, command.span)
-        elif isinstance(command, JoinEpoch) and worker.joins:
-            self.members.epoch_joined(session, command.pipeline_id, command.epoch)
+        if isinstance(command, LoadSpan):
+            worker.kv = None
+            if worker.loads:
+                self.finish_load(worker, command.span)
+        elif isinstance(command, JoinEpoch):
+            self._join(worker, command)
+
+    def _join(self, worker: FakeWorker, join: JoinEpoch) -> None:
+        if join.keep_kv:
+            assert worker.kv == self._kv[join.pipeline_id][join.stage], "KV that it has not"
+        else:
+            worker.kv = None
+        if worker.joins:
+            self.members.epoch_joined(worker.session, join.pipeline_id, join.epoch)
+
+    def _settle_kv(self, facts: PipelineFacts, lost_stages: Iterable[int]) -> None:
+        """Who joined has what is computed from now on, and what was unless its stage is lost."""
+        pipeline = self.members.pipeline(facts.pipeline_id)
+        assert pipeline is not None
+        for stage, member in enumerate(pipeline.members):
+            worker = self.workers[member.worker_id]
+            if stage in lost_stages:
+                worker.kv = self._kv[facts.pipeline_id][stage] = next(self._kv_serials)
+            assert worker.kv == self._kv[facts.pipeline_id][stage], "a stage without its KV"
 
     def finish_load(self, worker: FakeWorker, span: Span) -> None:
         worker.loaded = LoadedSpan(span, worker.num_blocks, worker.block_size_tokens)
@@ -210,3 +246,13 @@ class FakeMesh:
 
     def spans(self, index: int = 0) -> list[tuple[int, int]]:
         return [(span.start, span.end) for span in self.members.pipelines[index].spans]
+
+
+def two_stages(**changes: int) -> FakeMesh:
+    """A mesh of workers "a" and "b" that serves."""
+    mesh = FakeMesh(replace(LIMITS, num_stages=2, **changes))
+    mesh.register("a")
+    mesh.register("b")
+    mesh.run()
+    assert mesh.serving == ["p0"]
+    return mesh
