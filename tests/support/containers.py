@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,10 +84,8 @@ class Project:
         command = [*compose_command(), "-p", self.name, "-f", str(REPO / "compose.yaml")]
         return _output([*command, *arguments], {**os.environ, **ports, **self.variables}, timeout_s)
 
-    def up(self, *, num_workers: int) -> None:
-        """Like a user's `docker compose up`, who may have more workers than before."""
-        scale = ("--scale", f"stage_worker={num_workers}")
-        self.compose("up", "-d", "--no-build", *scale)
+    def up(self) -> None:
+        self.compose("up", "-d", "--no-build")
 
     def down(self) -> None:
         self.compose("down", "--volumes", "--timeout", "20")
@@ -105,6 +104,10 @@ class Project:
         (container,) = self.containers(service)
         (binding, *_) = inspect(container)["NetworkSettings"]["Ports"][f"{port}/tcp"]
         return f"127.0.0.1:{binding['HostPort']}"
+
+    def network(self) -> str:
+        (found,) = self._ids("network", "ls", "-q")
+        return found
 
     def logs(self) -> str:
         return self.compose("logs", "--no-color", "--tail", "60")
@@ -138,6 +141,32 @@ class Project:
 
         wait_until(healthy, START_TIMEOUT_S, f"{num} healthy containers of {service}")
 
+    def wait_whole(self, *, num_stages: int, num_spares: int = 0) -> None:
+        """Until so many stages serve and so many workers stand by."""
+
+        def whole() -> bool:
+            try:
+                status = self.status()
+            except grpc.RpcError:
+                return False
+            placed = sum(len(pipeline.worker_ids) for pipeline in status.pipelines)
+            loading = mesh_pb2.WORKER_STATE_LOADING
+            return (
+                status.mesh.serving
+                and placed == num_stages
+                and len(status.workers) == num_stages + num_spares
+                and not any(w.draining or w.state == loading for w in status.workers)
+            )
+
+        wait_until(whole, START_TIMEOUT_S, f"{num_stages} stages and {num_spares} spares")
+
+    def worker(self, worker_id: str) -> str:
+        """The container of a worker, which is named after its host."""
+        hosts = {
+            inspect(each)["Config"]["Hostname"]: each for each in self.containers("stage_worker")
+        }
+        return hosts[worker_id.partition(":")[0]]
+
     def stub(self, channel: grpc.Channel) -> pb_grpc.TextGenerationStub:
         return pb_grpc.TextGenerationStub(channel)
 
@@ -146,6 +175,20 @@ class Project:
         if service is not None:
             filters += ["--filter", f"label=com.docker.compose.service={service}"]
         return docker(*listing, *filters).split()
+
+
+@contextlib.contextmanager
+def running_project(variables: Mapping[str, str], *, num_stages: int) -> Iterator[Project]:
+    """Up when it is entered, down without a trace when it is left."""
+    project = Project(dict(variables))
+    try:
+        project.up()
+        project.wait_serving(num_stages=num_stages)
+        yield project
+        print(project.logs())
+    finally:
+        project.down()
+    assert project.leftovers() == []
 
 
 def kill_hard(container: str) -> None:
