@@ -334,18 +334,34 @@ class GatewayMessage(_message.Message):
     def __init__(self, register: _Optional[_Union[RegisterGateway, _Mapping]] = ..., submit: _Optional[_Union[SubmitRequest, _Mapping]] = ..., abort: _Optional[_Union[AbortRequest, _Mapping]] = ..., heartbeat: _Optional[_Union[GatewayHeartbeat, _Mapping]] = ...) -> None: ...
 
 class GatewayEvent(_message.Message):
-    __slots__ = ("welcome", "tokens", "finished", "mesh", "refused")
+    __slots__ = ("welcome", "tokens", "finished", "mesh", "refused", "heartbeat", "news")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     MESH_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    NEWS_FIELD_NUMBER: _ClassVar[int]
     welcome: WelcomeGateway
     tokens: RequestTokens
     finished: RequestFinished
     mesh: MeshState
     refused: _plan_pb2.Error
-    def __init__(self, welcome: _Optional[_Union[WelcomeGateway, _Mapping]] = ..., tokens: _Optional[_Union[RequestTokens, _Mapping]] = ..., finished: _Optional[_Union[RequestFinished, _Mapping]] = ..., mesh: _Optional[_Union[MeshState, _Mapping]] = ..., refused: _Optional[_Union[_plan_pb2.Error, _Mapping]] = ...) -> None: ...
+    heartbeat: SchedulerHeartbeat
+    news: RequestNews
+    def __init__(self, welcome: _Optional[_Union[WelcomeGateway, _Mapping]] = ..., tokens: _Optional[_Union[RequestTokens, _Mapping]] = ..., finished: _Optional[_Union[RequestFinished, _Mapping]] = ..., mesh: _Optional[_Union[MeshState, _Mapping]] = ..., refused: _Optional[_Union[_plan_pb2.Error, _Mapping]] = ..., heartbeat: _Optional[_Union[SchedulerHeartbeat, _Mapping]] = ..., news: _Optional[_Union[RequestNews, _Mapping]] = ...) -> None: ...
+
+class SchedulerHeartbeat(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RequestNews(_message.Message):
+    __slots__ = ("tokens", "finished")
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    tokens: _containers.RepeatedCompositeFieldContainer[RequestTokens]
+    finished: _containers.RepeatedCompositeFieldContainer[RequestFinished]
+    def __init__(self, tokens: _Optional[_Iterable[_Union[RequestTokens, _Mapping]]] = ..., finished: _Optional[_Iterable[_Union[RequestFinished, _Mapping]]] = ...) -> None: ...
 
 class RegisterGateway(_message.Message):
     __slots__ = ("protocol_version", "gateway_id", "incarnation")
@@ -406,18 +422,22 @@ class WelcomeGateway(_message.Message):
     def __init__(self, term: _Optional[int] = ..., heartbeat_interval_ms: _Optional[int] = ..., lease_ms: _Optional[int] = ...) -> None: ...
 
 class RequestTokens(_message.Message):
-    __slots__ = ("request", "attempt", "index", "tokens", "prompt_logprobs")
+    __slots__ = ("request", "attempt", "index", "tokens", "prompt_logprobs", "cached_prompt_tokens", "queue_ns")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_NS_FIELD_NUMBER: _ClassVar[int]
     request: int
     attempt: int
     index: int
     tokens: _containers.RepeatedCompositeFieldContainer[_plan_pb2.SampledToken]
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[_plan_pb2.SampledToken]
-    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., index: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[_plan_pb2.SampledToken, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_plan_pb2.SampledToken, _Mapping]]] = ...) -> None: ...
+    cached_prompt_tokens: int
+    queue_ns: int
+    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., index: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[_plan_pb2.SampledToken, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_plan_pb2.SampledToken, _Mapping]]] = ..., cached_prompt_tokens: _Optional[int] = ..., queue_ns: _Optional[int] = ...) -> None: ...
 
 class RequestFinished(_message.Message):
     __slots__ = ("request", "attempt", "reason", "error", "completion_tokens", "cached_prompt_tokens", "queue_ns", "retry_after_ns")
