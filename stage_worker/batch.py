@@ -1,6 +1,6 @@
 """Turns the rows of a step into the metadata of one forward pass.
 
-T tokens of all rows, one after another; D head dim
+T tokens of all rows, one after another; W those of them whose KV is written; D head dim
 """
 
 from __future__ import annotations
@@ -21,11 +21,16 @@ from stagemesh.rope_spec import RopeSpec
 
 @dataclass(frozen=True, slots=True)
 class PlacedRow:
-    """A row, its sequence, and which tokens of the step are its: from `first` on."""
+    """A row, its sequence, and which tokens of the pass are its: from `first` on."""
 
     row: Row
     sequence: Sequence
     first: int
+
+    @property
+    def slots(self) -> Tensor:
+        """[num_tokens]: those of the row's own positions."""
+        return self.sequence.slots_of(self.row)
 
 
 class BatchBuilder:
@@ -39,19 +44,23 @@ class BatchBuilder:
         self._tile = tile
         self._dtype = dtype
 
-    def build(self, placed: Rows[PlacedRow]) -> Batch:
-        slots = torch.cat([_slots(entry)[entry.row.start :] for entry in placed])
+    def build(self, placed: Rows[PlacedRow], stage: int) -> Batch:
+        """The pass of `placed`, at least one row, on the stage of this number."""
+        slots = torch.cat([entry.slots for entry in placed])
         cos, sin = angles(
             torch.cat([_positions(entry, slots.device) for entry in placed]),
             self._frequencies(placed),
             self._rope.attention_factor,
         )
         rows = [
-            Query(entry.first, entry.row.num_tokens, entry.row.start, _slots(entry))
+            Query(entry.first, entry.row.num_tokens, entry.row.start, _context(entry))
             for entry in placed
         ]
         groups = {window: plan_groups(rows, window, self._tile) for window in self._windows}
-        return Batch(slots, cos.to(self._dtype), sin.to(self._dtype), groups)
+        written = _written(placed, stage, slots.device)
+        written_slots = slots if written is None else slots[written]
+        cos, sin = cos.to(self._dtype), sin.to(self._dtype)
+        return Batch(slots, written_slots, written, cos, sin, groups)
 
     def _frequencies(self, placed: Rows[PlacedRow]) -> Tensor:
         """[D / 2] where all sequences share them, else [T, D / 2]."""
@@ -62,7 +71,16 @@ class BatchBuilder:
         )
 
 
-def _slots(entry: PlacedRow) -> Tensor:
+def _written(placed: Rows[PlacedRow], stage: int, device: torch.device) -> Tensor | None:
+    """[W] index into the tokens; None where all are written."""
+    writing = [entry.row.first_writing_stage <= stage for entry in placed]
+    if all(writing):
+        return None
+    counts = torch.tensor([entry.row.num_tokens for entry in placed])
+    return torch.tensor(writing).repeat_interleave(counts).nonzero().flatten().to(device)
+
+
+def _context(entry: PlacedRow) -> Tensor:
     return entry.sequence.slots[: entry.row.start + entry.row.num_tokens]
 
 

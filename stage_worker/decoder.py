@@ -1,7 +1,7 @@
 """The decoder: one forward pass of a stage's layers over the flat tokens of a step.
 
-    T tokens of all rows, one after another; E hidden size; I intermediate size
-    H query heads, K KV heads, D head dim, V vocabulary
+    T tokens of all rows, one after another; W of them are written
+    E hidden size; I intermediate size; H query heads, K KV heads, D head dim, V vocabulary
 
 One decoder for all families: what differs is in the weights that are there (biases, query and key
 norms) and in the batch's metadata (angles, windows). Knows nothing of sequences or steps.
@@ -27,11 +27,15 @@ from stagemesh.model_spec import ModelSpec
 class Batch:
     """What a forward pass must know of its tokens, built once per step.
 
-    `slots` [T] is where their keys and values are written; `cos`, `sin` [T, 1, D / 2] are in the
-    model's dtype; `groups` has a reading plan per sliding window (None: whole context).
+    `slots` [T] is where their keys and values lie; those of `written` [W] (None: of all) are
+    written there, at `written_slots` [W], and the pages hold the others' already. `cos`, `sin`
+    [T, 1, D / 2] are in the model's dtype; `groups` has a reading plan per sliding window (None:
+    whole context).
     """
 
     slots: Tensor
+    written_slots: Tensor
+    written: Tensor | None
     cos: Tensor
     sin: Tensor
     groups: Mapping[int | None, Sequence[Group]]
@@ -90,9 +94,14 @@ class Decoder:
             queries = self._norm(queries, layer.query_norm)
             keys = self._norm(keys, layer.key_norm)
         queries = rotate(queries, batch.cos, batch.sin)
-        self._cache.write(i, batch.slots, rotate(keys, batch.cos, batch.sin), values)
+        self._write(i, batch, rotate(keys, batch.cos, batch.sin), values)
         groups = batch.groups[self._windows[i]]
         return layer.output(attend(self._kernels.attention, groups, self._cache, i, queries))
+
+    def _write(self, i: int, batch: Batch, keys: Tensor, values: Tensor) -> None:
+        if batch.written is not None:
+            keys, values = keys[batch.written], values[batch.written]
+        self._cache.write(i, batch.written_slots, keys, values)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMS norm over the last dimension, in float32."""

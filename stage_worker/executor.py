@@ -1,23 +1,29 @@
 """Executes the steps of a plan on one span of layers: a stage, without its process.
 
-Every method runs on the device thread, synchronously. Knows nothing of streams, epochs or other
+Every method runs on the device thread, synchronously. A stage takes over the state and the blocks
+of every row, executes those that concern it, and logs what came of them; for a row whose input
+comes from its log, it passes the logged hidden states on. Knows nothing of streams, epochs or other
 workers: order and epochs are checked before a step comes here.
+
+    T tokens that are executed, E hidden size
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from stage_worker.batch import BatchBuilder, PlacedRow
+from stage_worker.boundary_log import BoundaryLog
 from stage_worker.checkpoint import DTYPE_NAMES
 from stage_worker.loading import ExecutorConfig, ExecutorFacts, LoadedStage, load_stage
 from stage_worker.payload import bytes_view, hidden_from_bytes
 from stage_worker.results import RowSampler
 from stage_worker.rope import inverse_frequencies
-from stage_worker.sequences import SequenceTable
+from stage_worker.sequences import Sequence, SequenceTable
 from stagemesh.errors import ProtocolError
 from stagemesh.plan import Row, RowResult, Step
 
@@ -38,6 +44,22 @@ class StageOutput:
     rows: tuple[RowResult, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Logged:
+    """A row that passes this stage by and whose input the next one gets from the log here."""
+
+    row: Row
+    sequence: Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """`executed` are rows to execute; `sent` are those that go on to the next stage, in order."""
+
+    executed: list[PlacedRow]
+    sent: list[PlacedRow | _Logged]
+
+
 class StageExecutor:
     """One stage. `load` makes it, `join` gives it its place, `execute` takes steps in order."""
 
@@ -45,6 +67,7 @@ class StageExecutor:
         self.spec = loaded.spec
         self.facts = loaded.facts
         self.cache = loaded.cache
+        self.log = loaded.log
         self._span = loaded.span
         self._decoder = loaded.decoder
         pages = loaded.cache.keys[0]
@@ -57,6 +80,7 @@ class StageExecutor:
         self._batches = BatchBuilder(windows, self.spec.rope, tile, self._dtype)
         self._sampler = RowSampler(self._decoder.logits)
         self._stage, self._num_stages, self._num_blocks = 0, 0, 0
+        self.num_joins = 0
 
     @classmethod
     @torch.inference_mode()
@@ -76,7 +100,8 @@ class StageExecutor:
     def join(self, *, stage: int, num_stages: int, num_blocks: int, keep_kv: bool) -> None:
         """Takes the stage's place in a pipeline whose blocks are [0, num_blocks).
 
-        Without `keep_kv` all sequences are forgotten. Raises ProtocolError.
+        Without `keep_kv` all sequences are forgotten. Pages never move: it is the plan that says
+        what is valid of them. Raises ProtocolError.
         """
         if not 0 < num_blocks <= self.facts.num_blocks:
             raise ProtocolError(
@@ -95,6 +120,13 @@ class StageExecutor:
         if not keep_kv:
             self._table.clear()
         self._stage, self._num_stages, self._num_blocks = stage, num_stages, num_blocks
+        self.num_joins += 1
+
+    def forget(self) -> None:
+        """Gives the stage's place up, and all sequences."""
+        self._table.clear()
+        self._num_stages = 0
+        self.num_joins += 1
 
     @torch.inference_mode()
     def execute(
@@ -102,51 +134,62 @@ class StageExecutor:
     ) -> StageOutput:
         """Executes the rows that concern this stage.
 
-        `payload` holds the hidden states of those that began on an earlier one. Raises
-        ProtocolError where the plan does not fit what this stage holds.
+        `payload` holds the hidden states of those that began on an earlier one, or that begin here
+        with what the stage before has logged. Raises ProtocolError where the plan does not fit
+        what this stage holds.
         """
         for gone in step.forget:
             self._table.forget(gone)
-        placed = self._place(step)
-        num_tokens = sum(entry.row.num_tokens for entry in placed)
-        hidden = self._input(placed, num_tokens, payload, payload_dtype)
-        if placed:
-            hidden = self._decoder.forward(hidden, self._batches.build(placed))
-        if self._stage + 1 == self._num_stages:
-            return self._output(hidden[:0], self._sampler.results(step, placed, hidden))
-        return self._output(_kept(hidden, placed, self._stage + 1), ())
+        work = self._take_rows(step)
+        num_tokens = sum(entry.row.num_tokens for entry in work.executed)
+        hidden = self._input(work.executed, num_tokens, payload, payload_dtype)
+        is_last = self._stage + 1 == self._num_stages
+        if work.executed:
+            batch = self._batches.build(work.executed, self._stage)
+            hidden = self._decoder.forward(hidden, batch)
+            if not is_last:
+                hidden = hidden.to("cpu")
+                self.log.write(batch.slots.to("cpu"), hidden)
+        if is_last:
+            return self._output(hidden[:0], self._sampler.results(step, work.executed, hidden))
+        return self._output(_joined(hidden, work, self.log), ())
 
-    def _place(self, step: Step) -> list[PlacedRow]:
+    def _take_rows(self, step: Step) -> _Work:
         if not self._num_stages:
             raise ProtocolError("a step came before this stage joined an epoch")
-        placed = []
+        work = _Work([], [])
         first_token = 0
         for row in step.rows:
-            if not row.first_stage <= self._stage < row.end_stage:
-                continue
-            self._check_input(row)
-            frequencies = None
-            if row.state is not None:
-                frequencies = inverse_frequencies(
-                    self.spec.rope, self.spec.head_dim, row.state.total_length
-                ).to(self._device)
-            sequence = self._table.update(row, self._num_blocks, frequencies)
-            placed.append(PlacedRow(row, sequence, first_token))
-            first_token += row.num_tokens
-        return placed
+            sequence = self._take_row(row)
+            entry: PlacedRow | _Logged = _Logged(row, sequence)
+            if row.first_stage <= self._stage < row.end_stage:
+                entry = PlacedRow(row, sequence, first_token)
+                work.executed.append(entry)
+                first_token += row.num_tokens
+            if row.first_stage <= self._stage + 1 < row.end_stage:
+                work.sent.append(entry)
+        return work
 
-    def _check_input(self, row: Row) -> None:
-        if row.input_from_log_of_stage is not None or 0 < row.first_stage == self._stage:
-            raise ProtocolError("rows whose input comes from a stage's log are not supported")
-        if row.first_stage == self._stage and len(row.token_ids) != row.num_tokens:
+    def _take_row(self, row: Row) -> Sequence:
+        """What every stage does with a row, whether it concerns it or not."""
+        _check_stages(row, self._num_stages)
+        frequencies = None
+        if row.state is not None:
+            frequencies = inverse_frequencies(
+                self.spec.rope, self.spec.head_dim, row.state.total_length
+            ).to(self._device)
+        sequence = self._table.update(row, self._num_blocks, frequencies)
+        from_log = row.input_from_log_of_stage == self._stage
+        if from_log and not self.log.holds(sequence.slots_of(row)):
             raise ProtocolError(
-                f"sequence {row.sequence_id}: {len(row.token_ids)} token ids for {row.num_tokens} "
-                "positions"
+                f"sequence {row.sequence_id}: stage {self._stage} logs blocks "
+                f"[0, {self.log.num_blocks}), and others are asked for"
             )
+        return sequence
 
     def _input(
         self,
-        placed: list[PlacedRow],
+        executed: list[PlacedRow],
         num_tokens: int,
         payload: bytes | bytearray | memoryview,
         payload_dtype: str,
@@ -155,9 +198,9 @@ class StageExecutor:
         if self._stage > 0:
             shape = (num_tokens, hidden_size)
             return hidden_from_bytes(payload, payload_dtype, shape, self._dtype, self._device)
-        if not placed:
+        if not executed:
             return torch.empty(0, hidden_size, dtype=self._dtype, device=self._device)
-        token_ids = [token for entry in placed for token in entry.row.token_ids]
+        token_ids = [token for entry in executed for token in entry.row.token_ids]
         return self._decoder.embed(torch.tensor(token_ids, device=self._device))
 
     def _output(self, hidden: torch.Tensor, rows: tuple[RowResult, ...]) -> StageOutput:
@@ -170,10 +213,34 @@ class StageExecutor:
         )
 
 
-def _kept(hidden: torch.Tensor, placed: list[PlacedRow], next_stage: int) -> torch.Tensor:
-    """The hidden states of the rows that go on to the next stage."""
-    going = [entry for entry in placed if next_stage < entry.row.end_stage]
-    if len(going) == len(placed):
+def _check_stages(row: Row, num_stages: int) -> None:
+    """Stages and input must fit together."""
+    if not 0 <= row.first_stage < row.end_stage <= num_stages:
+        raise ProtocolError(
+            f"sequence {row.sequence_id}: stages [{row.first_stage}, {row.end_stage}) of "
+            f"{num_stages}"
+        )
+    log_stage = row.first_stage - 1 if row.first_stage else None
+    if row.input_from_log_of_stage != log_stage:
+        raise ProtocolError(
+            f"sequence {row.sequence_id}: stage {row.first_stage} cannot have its input from the "
+            f"log of stage {row.input_from_log_of_stage}"
+        )
+    if len(row.token_ids) != (row.num_tokens if log_stage is None else 0):
+        raise ProtocolError(
+            f"sequence {row.sequence_id}: {len(row.token_ids)} token ids for {row.num_tokens} "
+            f"positions from stage {row.first_stage} on"
+        )
+
+
+def _joined(hidden: torch.Tensor, work: _Work, log: BoundaryLog) -> torch.Tensor:
+    """What goes on to the next stage, in the order of the rows. hidden: [T, E]."""
+    if len(work.sent) == len(work.executed) and all(map(operator.is_, work.sent, work.executed)):
         return hidden
-    pieces = [hidden[entry.first : entry.first + entry.row.num_tokens] for entry in going]
+    pieces = [
+        hidden[entry.first : entry.first + entry.row.num_tokens]
+        if isinstance(entry, PlacedRow)
+        else log.read(entry.sequence.slots_of(entry.row).to("cpu"))
+        for entry in work.sent
+    ]
     return torch.cat(pieces) if pieces else hidden[:0]

@@ -10,6 +10,8 @@ what unused slots hold is arbitrary and nobody may read it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,19 @@ _CPU_FRACTION = 0.25
 _CUDA_FRACTION = 0.85
 # … and not more than this many sequences of full length could fill.
 _MAX_FULL_SEQUENCES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class LogCost:
+    """What the boundary log takes of the memory that KV is in: so much a block, up to a limit."""
+
+    bytes_per_block: int
+    max_bytes: int | None
+
+    def share_of(self, budget: int, kv_bytes_per_block: int) -> int:
+        """The log's part of a budget for both, where every block is logged or the limit reached."""
+        even = budget * self.bytes_per_block // (self.bytes_per_block + kv_bytes_per_block)
+        return even if self.max_bytes is None else min(even, self.max_bytes)
 
 
 class KvCache:
@@ -69,6 +84,7 @@ def choose_num_blocks(
     block_size_tokens: int,
     max_kv_memory_bytes: int | None,
     device: torch.device,
+    log: LogCost,
 ) -> int:
     """How many blocks fit in the budget, or in a careful part of what is free without one.
 
@@ -78,7 +94,8 @@ def choose_num_blocks(
     if budget is None:
         fraction = _CUDA_FRACTION if device.type == "cuda" else _CPU_FRACTION
         useful = _MAX_FULL_SEQUENCES * -(-spec.context_length // block_size_tokens)
-        budget = min(int(available_bytes(device) * fraction), useful * bytes_per_block)
+        budget = int(available_bytes(device) * fraction)
+        budget = min(budget - log.share_of(budget, bytes_per_block), useful * bytes_per_block)
     if budget < bytes_per_block:
         raise OutOfMemory(
             f"{budget} bytes for KV hold no block of {block_size_tokens} tokens, which takes "

@@ -1,4 +1,6 @@
-"""Loads one stage: its weights into the decoder, and as many KV blocks as there is memory for."""
+"""Loads one stage: its weights into the decoder, as many KV blocks as there is memory for, and the
+log of what the stage sends.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,11 @@ from pathlib import Path
 
 import torch
 
+from stage_worker.boundary_log import BoundaryLog, choose_num_log_blocks, log_block_bytes
 from stage_worker.checkpoint import TORCH_DTYPES
 from stage_worker.decoder import Decoder
 from stage_worker.kernels import choose_kernels
-from stage_worker.kv_cache import KvCache, block_bytes, choose_num_blocks
+from stage_worker.kv_cache import KvCache, LogCost, block_bytes, choose_num_blocks
 from stage_worker.memory import available_bytes, trim
 from stage_worker.weights import WeightLoader, span_bytes
 from stagemesh.errors import ConfigError, OutOfMemory
@@ -22,7 +25,9 @@ from stagemesh.plan import Span
 
 @dataclass(frozen=True, slots=True)
 class ExecutorConfig:
-    """`dtype` may be "auto". KV: `num_blocks` where given, else what fits the memory."""
+    """`dtype` may be "auto". KV: `num_blocks` where given, else what fits the memory. The log has
+    as many blocks where `max_log_memory_bytes` is None and the host has room; 0 is for no log.
+    """
 
     model_dir: Path
     span: Span
@@ -32,17 +37,21 @@ class ExecutorConfig:
     block_size_tokens: int
     max_kv_memory_bytes: int | None = None
     num_blocks: int | None = None
+    max_log_memory_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ExecutorFacts:
-    """Found out while loading. `weight_bytes` is of the tensors in the dtype computed with."""
+    """Found out while loading. `weight_bytes` is of the tensors in the dtype computed with. What is
+    sent is logged for blocks [0, num_log_blocks): none on a last stage.
+    """
 
     num_blocks: int
     block_size_tokens: int
     weight_bytes: int
     kv_block_bytes: int
     load_ns: int
+    num_log_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +60,7 @@ class LoadedStage:
     span: Span
     decoder: Decoder
     cache: KvCache
+    log: BoundaryLog
     facts: ExecutorFacts
 
 
@@ -86,6 +96,7 @@ def load_stage(config: ExecutorConfig, on_progress: Callable[[int, int], None]) 
         weights = loader.load(config.span)
         trim()
         cache = _make_cache(spec, config, dtype, device)
+        log = _make_log(spec, config, cache.num_blocks, dtype)
     except (RuntimeError, MemoryError) as error:
         raise _as_out_of_memory(error) from error
     facts = ExecutorFacts(
@@ -94,10 +105,11 @@ def load_stage(config: ExecutorConfig, on_progress: Callable[[int, int], None]) 
         weight_bytes=weight_bytes,
         kv_block_bytes=_block_bytes(spec, config, dtype),
         load_ns=time.monotonic_ns() - started_ns,
+        num_log_blocks=log.num_blocks,
     )
     windows = spec.layer_windows[config.span.start : config.span.end]
     decoder = Decoder(spec, windows, weights, cache, kernels, dtype)
-    return LoadedStage(spec, config.span, decoder, cache, facts)
+    return LoadedStage(spec, config.span, decoder, cache, log, facts)
 
 
 class _Progress:
@@ -141,9 +153,39 @@ def _make_cache(
             config.block_size_tokens,
             config.max_kv_memory_bytes,
             device,
+            _log_cost(spec, config, dtype, device),
         )
     size = config.block_size_tokens
     return KvCache(spec, config.span.num_layers, num_blocks, size, dtype, device)
+
+
+def _logs(spec: ModelSpec, config: ExecutorConfig) -> bool:
+    """The last stage has nobody to send to."""
+    return config.span.end < spec.num_layers
+
+
+def _log_cost(
+    spec: ModelSpec, config: ExecutorConfig, dtype: torch.dtype, device: torch.device
+) -> LogCost:
+    if not _logs(spec, config) or device.type != "cpu":
+        return LogCost(0, 0)
+    size = config.block_size_tokens
+    return LogCost(
+        log_block_bytes(spec.hidden_size, size, dtype.itemsize), config.max_log_memory_bytes
+    )
+
+
+def _make_log(
+    spec: ModelSpec, config: ExecutorConfig, num_kv_blocks: int, dtype: torch.dtype
+) -> BoundaryLog:
+    size = config.block_size_tokens
+    num_blocks = 0
+    if _logs(spec, config):
+        bytes_per_block = log_block_bytes(spec.hidden_size, size, dtype.itemsize)
+        num_blocks = choose_num_log_blocks(
+            num_kv_blocks, bytes_per_block, config.max_log_memory_bytes
+        )
+    return BoundaryLog(num_blocks, size, spec.hidden_size, dtype)
 
 
 def _as_out_of_memory(error: Exception) -> Exception:

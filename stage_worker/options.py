@@ -42,6 +42,13 @@ class WorkerOptions:
         None, help="memory for KV; else a share of what is free", kind=Kind.SIZE, minimum=1
     )
     num_blocks: int | None = option(None, help="number of KV blocks, instead", minimum=1)
+    max_log_memory_bytes: int | None = option(
+        None,
+        help="host memory for the log of what was sent, from which the next stage is rebuilt; else "
+        "as much as all KV blocks need; 0: none",
+        kind=Kind.SIZE,
+        minimum=0,
+    )
     threads: int = option(
         0, help="threads for arithmetic; 0: OMP_NUM_THREADS or all cores", minimum=0, maximum=1024
     )

@@ -19,13 +19,13 @@ from stagemesh.plan import Row, SequenceRun, SequenceState
 class Sequence:
     """`slots` [len(blocks) * block size] are the slots of its positions, in order.
 
-    Tokens [0, length) have been executed here. `outputs` are the output tokens as far as they are
-    known on this stage; what is valid of them depends on the row (see `history`).
+    What its pages hold is the plan's business: a stage is rebuilt in whatever order it says.
+    `outputs` are the output tokens as far as they are known on this stage; what is valid of them
+    depends on the row (see `history`).
     """
 
     run: int
     state: SequenceState
-    length: int
     outputs: list[int]
     frequencies: Tensor
     blocks: list[int] = field(default_factory=list)
@@ -34,6 +34,10 @@ class Sequence:
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.state.prompt_token_ids)
+
+    def slots_of(self, row: Row) -> Tensor:
+        """[num_tokens]: those of the row's own positions."""
+        return self.slots[row.start : row.start + row.num_tokens]
 
     def learn(self, row: Row) -> None:
         """Takes over output tokens from a row's input: those after an epoch began, or drafts."""
@@ -82,14 +86,14 @@ class SequenceTable:
             del self._held[gone.sequence_id]
 
     def update(self, row: Row, num_blocks: int, frequencies: Tensor | None) -> Sequence:
-        """The sequence as it stands for this row.
+        """The sequence as it stands for this row, which may concern this stage or pass it by.
 
         `frequencies` are its rotary ones where the row brings state. Raises ProtocolError.
         """
         sequence = self._sequence(row, frequencies)
         self._update_blocks(sequence, row, num_blocks)
-        if row.num_tokens < 1 or not 0 <= row.start <= sequence.length:
-            raise _refused(row, f"starts at {row.start}, {sequence.length} tokens are executed")
+        if row.num_tokens < 1 or row.start < 0:
+            raise _refused(row, f"has {row.num_tokens} tokens from {row.start} on")
         end = row.start + row.num_tokens
         if end > len(sequence.slots):
             raise _refused(row, f"ends at {end}, its blocks hold {len(sequence.slots)} tokens")
@@ -97,7 +101,6 @@ class SequenceTable:
             raise _refused(row, f"samples outside of its positions [{row.start}, {end})")
         self._check_tokens(row, row.token_ids)
         sequence.learn(row)
-        sequence.length = end
         return sequence
 
     def _sequence(self, row: Row, frequencies: Tensor | None) -> Sequence:
@@ -109,9 +112,7 @@ class SequenceTable:
                 raise _refused(row, "is not known here and brings no state")
             return held
         self._check_tokens(row, row.state.prompt_token_ids + row.state.output_token_ids)
-        fresh = Sequence(
-            row.run, row.state, row.start, list(row.state.output_token_ids), frequencies
-        )
+        fresh = Sequence(row.run, row.state, list(row.state.output_token_ids), frequencies)
         if held is not None and held.run == row.run:  # the same run in a new epoch keeps its blocks
             fresh.blocks, fresh.slots = held.blocks, held.slots
         self._held[row.sequence_id] = fresh

@@ -96,6 +96,7 @@ def _load(options: WorkerOptions, dtype: str, span: Span, on_progress: OnProgres
         block_size_tokens=options.block_size_tokens,
         max_kv_memory_bytes=options.max_kv_memory_bytes,
         num_blocks=options.num_blocks,
+        max_log_memory_bytes=options.max_log_memory_bytes,
     )
     executor = StageExecutor.load(config, on_progress)
     return HeldSpan(span, executor.facts, executor)

@@ -204,4 +204,5 @@ def _span_loaded(held: HeldSpan) -> mesh_pb2.SpanLoaded:
         weight_bytes=facts.weight_bytes,
         kv_block_bytes=facts.kv_block_bytes,
         load_ns=facts.load_ns,
+        num_log_blocks=facts.num_log_blocks,
     )

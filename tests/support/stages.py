@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
+import torch
+
 from stage_worker.executor import ExecutorConfig, StageExecutor
 from stagemesh.model_spec import ModelSpec
 from stagemesh.plan import (
@@ -66,17 +68,35 @@ class Live:
     def done(self) -> bool:
         return self.error is not None or len(self.tokens) >= self.total_length
 
+    @property
+    def state(self) -> SequenceState:
+        outputs = tuple(self.tokens[len(self.wish.prompt) :])
+        return SequenceState(
+            tuple(self.wish.prompt), outputs, self.wish.sampling, self.total_length
+        )
+
+    def rebuild_row(self, start: int, end: int, stages: range, first_writing_stage: int) -> Row:
+        """Positions [start, end) again: from tokens on stage 0, else from the log before."""
+        first = stages.start
+        return Row(
+            sequence_id=self.sequence_id,
+            run=self.run,
+            start=start,
+            num_tokens=end - start,
+            token_ids=() if first else tuple(self.tokens[start:end]),
+            block_updates=(BlockUpdate(0, self.blocks),) if self.first else (),
+            first_stage=first,
+            end_stage=stages.stop,
+            input_from_log_of_stage=first - 1 if first else None,
+            state=self.state if self.first else None,
+            first_writing_stage=first_writing_stage,
+        )
+
     def row(self, num_stages: int, chunk: int | None) -> Row:
         waiting = len(self.tokens) - self.computed
         count = min(waiting, chunk or waiting)
         end = self.computed + count
         known = range(self.computed, min(end, len(self.wish.prompt) - 1))
-        state = SequenceState(
-            tuple(self.wish.prompt),
-            tuple(self.tokens[len(self.wish.prompt) :]),
-            self.wish.sampling,
-            self.total_length,
-        )
         return Row(
             sequence_id=self.sequence_id,
             run=self.run,
@@ -88,7 +108,7 @@ class Live:
             end_stage=num_stages,
             sample_positions=(end - 1,) if end == len(self.tokens) else (),
             logprob_positions=tuple(known) if self.wish.prompt_logprobs else (),
-            state=state if self.first else None,
+            state=self.state if self.first else None,
         )
 
     def take(self, row: Row, result: RowResult) -> None:
@@ -99,6 +119,10 @@ class Live:
         self.sampled += result.sampled
         self.prompt_logprobs += result.prompt_logprobs
         self.tokens += [token.token_id for token in result.sampled]
+
+
+def _ignore(loaded_bytes: int, total_bytes: int) -> None:
+    pass
 
 
 class Chain:
@@ -115,39 +139,51 @@ class Chain:
         num_blocks: int = 512,
         device: str = "cpu",
         seed: int = 0,
+        max_log_memory_bytes: int | None = None,
     ) -> None:
         num_layers = ModelSpec.from_directory(model_dir).num_layers
         self.block_size_tokens, self.num_blocks = block_size_tokens, num_blocks
-        self.stages = [
-            StageExecutor.load(
-                ExecutorConfig(
-                    model_dir=model_dir,
-                    span=span,
-                    device=device,
-                    dtype=dtype,
-                    batch_invariant=batch_invariant,
-                    block_size_tokens=block_size_tokens,
-                    max_kv_memory_bytes=None,
-                    num_blocks=num_blocks,
-                ),
-                lambda loaded, total: None,
+        self._configs = [
+            ExecutorConfig(
+                model_dir=model_dir,
+                span=span,
+                device=device,
+                dtype=dtype,
+                batch_invariant=batch_invariant,
+                block_size_tokens=block_size_tokens,
+                max_kv_memory_bytes=None,
+                num_blocks=num_blocks,
+                max_log_memory_bytes=max_log_memory_bytes,
             )
             for span in even_spans(num_layers, num_stages)
         ]
+        self.stages = [StageExecutor.load(config, _ignore) for config in self._configs]
         self.free_blocks = list(range(num_blocks))
         random.Random(seed).shuffle(self.free_blocks)
         self.next_id = 0
         self.num_steps = 0
         self.join(keep_kv=False)
 
-    def join(self, *, keep_kv: bool) -> None:
+    def join(self, *, keep_kv: bool, lost: Sequence[int] = ()) -> None:
         for i, stage in enumerate(self.stages):
             stage.join(
                 stage=i,
                 num_stages=len(self.stages),
                 num_blocks=self.num_blocks,
-                keep_kv=keep_kv,
+                keep_kv=keep_kv and i not in lost,
             )
+
+    @torch.inference_mode()
+    def lose(self, lost: Sequence[int]) -> list[StageExecutor]:
+        """Replaces stages by fresh ones whose pages are rubbish; returns those that were lost."""
+        gone = [self.stages[i] for i in lost]
+        for i in lost:
+            self.stages[i] = StageExecutor.load(self._configs[i], _ignore)
+            cache = self.stages[i].cache
+            for pages in (*cache.keys, *cache.values, self.stages[i].log.pages):
+                pages.fill_(float("nan"))
+        self.join(keep_kv=True, lost=lost)
+        return gone
 
     def start(self, wish: Wish) -> Live:
         count = -(-(len(wish.prompt) + wish.max_tokens) // self.block_size_tokens)

@@ -64,8 +64,13 @@ REFUSED = {
     "one cache group": {"block_updates": (BlockUpdate(0, (3,)), BlockUpdate(0, (1,)))},
     "4 token ids for 5": {"token_ids": PROMPT[:4]},
     "samples outside": {"sample_positions": (5,)},
-    "log are not supported": {"input_from_log_of_stage": 0, "token_ids": ()},
-    "starts at 0": {"num_tokens": 0, "token_ids": (), "sample_positions": ()},
+    "from the log of stage 0": {"input_from_log_of_stage": 0, "token_ids": ()},
+    "from the log of stage None": {"first_stage": 1},
+    "from the log of stage 1": {"first_stage": 1, "input_from_log_of_stage": 1, "token_ids": ()},
+    "5 token ids for 5": {"first_stage": 1, "input_from_log_of_stage": 0},
+    r"stages \[2, 2\)": {"first_stage": 2, "end_stage": 2},
+    r"stages \[0, 4\)": {"end_stage": 4},
+    "0 tokens from 0": {"num_tokens": 0, "token_ids": (), "sample_positions": ()},
 }
 
 
@@ -77,8 +82,6 @@ def test_rows_that_contradict_the_rule(chain: Chain, message: str, changes: dict
 
 def test_rows_of_known_sequences(chain: Chain) -> None:
     token = sampled(chain, first_row())
-    with pytest.raises(ProtocolError, match="starts at 6, 5 tokens are executed"):
-        chain.execute([next_row(token, start=6, sample_positions=(6,))])
     with pytest.raises(ProtocolError, match="brings no state"):
         chain.execute([next_row(token, run=1)])
     sampled(chain, first_row(run=2))
@@ -126,7 +129,8 @@ def test_several_positions_of_one_row_are_sampled(chain: Chain, model: Path) -> 
 
 
 def test_a_stage_outside_of_a_rows_range_passes_it_by(chain: Chain) -> None:
-    """A row for the first two stages only: it fills their KV, and comes back without content."""
+    """A row for the first two stages only: it fills their KV, and comes back without content. The
+    third takes over what it says of the sequence, whose next row brings no state."""
     short = first_row(end_stage=2, sample_positions=())
     other = first_row(sequence_id=2, block_updates=(BlockUpdate(0, (0, 2)),))
     results = chain.execute([short, other])
@@ -134,7 +138,28 @@ def test_a_stage_outside_of_a_rows_range_passes_it_by(chain: Chain) -> None:
     assert not results[0].sampled
     assert results[0].error is None
     assert results[1].sampled
-    assert [stage.num_sequences for stage in chain.stages] == [2, 2, 1]
+    assert [stage.num_sequences for stage in chain.stages] == [2, 2, 2]
+    rest = first_row(
+        first_stage=2, input_from_log_of_stage=1, token_ids=(), block_updates=(), state=None
+    )
+    (result,) = chain.execute([rest])
+    chain.join(keep_kv=False)
+    assert chain.execute([first_row()]) == (result,)
+
+
+def test_blocks_that_are_not_logged_are_not_read(model: Path) -> None:
+    """The log of the first stage holds two blocks, and the row's second block is the fourth."""
+    num_bytes = 2 * 4 * 64 * 4
+    chain = Chain(model, 2, num_blocks=8, block_size_tokens=4, max_log_memory_bytes=num_bytes)
+    assert [stage.facts.num_log_blocks for stage in chain.stages] == [2, 0]
+    row = first_row(block_updates=(BlockUpdate(0, (1, 3)),), end_stage=2)
+    token = sampled(chain, row)
+    changes = {"first_stage": 1, "input_from_log_of_stage": 0, "token_ids": ()}
+    logged = dataclasses.replace(row, **changes, num_tokens=4, sample_positions=())
+    assert chain.execute([logged])[0].sampled == ()
+    with pytest.raises(ProtocolError, match=r"logs blocks \[0, 2\)"):
+        chain.execute([dataclasses.replace(row, **changes)])
+    assert sampled(chain, dataclasses.replace(row, run=1)) == token
 
 
 def test_payloads_that_do_not_fit(chain: Chain) -> None:
