@@ -119,6 +119,7 @@ class Driver:
         self.membership.tick(now_ns)
         for effect in self.membership.take_effects():
             self._apply(effect, peers, links, now_ns)
+        self._note_what_is_rebuilt(now_ns)
         for step in self.core.schedule(now_ns):
             self.membership.step_sent(step.pipeline_id)
             await links.send(step)
@@ -149,6 +150,16 @@ class Driver:
                 self.core.fail_oldest_step(pipeline_id, error, now_ns)
             case RemovePipeline(pipeline_id):
                 self.core.remove_pipeline(pipeline_id, now_ns)
+
+    def _note_what_is_rebuilt(self, now_ns: int) -> None:
+        rebuilding = self.membership.rebuilding
+        if not rebuilding:
+            return
+        stats = {each.pipeline_id: each for each in self.core.stats(now_ns).pipelines}
+        for pipeline in rebuilding:
+            now = stats.get(pipeline.pipeline_id)
+            if now is not None and now.num_lacking_tokens == 0:
+                pipeline.rebuilt(now.num_tokens_rebuilt, now_ns)
 
     async def _until_next_turn(self) -> None:
         deadlines = (

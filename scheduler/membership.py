@@ -199,6 +199,12 @@ class Membership:
         if pipeline := self.pipeline(pipeline_id):
             pipeline.step_done()
 
+    @property
+    def rebuilding(self) -> list[MeshPipeline]:
+        """Pipelines of which it is to be said when nothing is lacking any more."""
+        pipelines = self._formation.pipelines
+        return [each for each in pipelines if each.mending and each.mending.is_rebuilding]
+
     # ---- time ----------------------------------------------------------------------------------
 
     def tick(self, now_ns: int) -> None:

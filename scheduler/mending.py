@@ -38,6 +38,18 @@ class Mending:
     def rebuild_ns(self) -> int:
         return _between(self.joined_ns, self.rebuilt_ns)
 
+    def summary(self) -> dict[str, object]:
+        """For the log."""
+        return {
+            "reason": self.reason,
+            "fill_ms": round(self.fill_ns / 1e6, 1),
+            "join_ms": round(self.join_ns / 1e6, 1),
+            "rebuild_ms": round(self.rebuild_ns / 1e6, 1),
+            "lost_stages": self.num_lost_stages,
+            "tokens_rebuilt": self.num_tokens_rebuilt,
+            "blocks_moved": self.num_blocks_moved,
+        }
+
 
 def _between(start_ns: int | None, end_ns: int | None) -> int:
     """0 while it lasts."""

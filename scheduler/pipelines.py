@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from enum import Enum
 
+import structlog
+
 from scheduler.agreement import MeshModel
 from scheduler.core import PipelineFacts
 from scheduler.holders import KvHolders
@@ -33,6 +35,8 @@ from scheduler.trials import Trials
 from scheduler.workers import Worker
 from stagemesh.errors import InternalError, StageMeshError
 from stagemesh.plan import Epoch, Span
+
+log = structlog.get_logger()
 
 
 class Phase(Enum):
@@ -231,6 +235,12 @@ class MeshPipeline:
         self.last_error = None
         for worker in self.members:
             worker.conduct.num_failures = 0
+
+    def rebuilt(self, num_tokens: int, now_ns: int) -> None:
+        """Nothing is lacking any more."""
+        assert self.mending is not None
+        self.mending.rebuilt_ns, self.mending.num_tokens_rebuilt = now_ns, num_tokens
+        log.info("a pipeline is mended", pipeline=self.pipeline_id, **self.mending.summary())
 
     # ---- inside --------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from scheduler.convert import stats_to_proto
 from scheduler.core import CoreStats, PipelineStats
 from scheduler.gateways import view_to_proto
 from scheduler.membership import Membership
+from scheduler.mending import Mending
 from scheduler.mesh_view import MeshView
 from scheduler.pipelines import MeshPipeline
 from scheduler.workers import Worker, WorkerPhase
@@ -51,6 +52,7 @@ def _worker(worker: Worker) -> mesh_pb2.WorkerStatus:
         weight_bytes=loaded.weight_bytes if loaded else 0,
         stats=stats_to_proto(worker.stats),
         load_fraction=worker.load_fraction if worker.loading else 0.0,
+        error=str(worker.error) if worker.error else "",
     )
 
 
@@ -61,6 +63,7 @@ def _pipeline(pipeline: MeshPipeline, stats: PipelineStats | None) -> mesh_pb2.P
         epoch=wire.epoch_to_proto(pipeline.epoch),
         worker_ids=[worker.worker_id if worker else "" for worker in pipeline.workers],
         serving=pipeline.is_serving,
+        mending=_mending(pipeline.mending) if pipeline.mending else None,
     )
     if stats is not None:
         status.num_blocks = stats.num_blocks
@@ -69,8 +72,20 @@ def _pipeline(pipeline: MeshPipeline, stats: PipelineStats | None) -> mesh_pb2.P
         status.num_running = stats.num_running
         status.steps_in_flight = stats.steps_in_flight
         status.steps_done = stats.steps_done
+        status.num_lacking_tokens = stats.num_lacking_tokens
         status.mean_timings.extend(wire.hop_timing_to_proto(each) for each in stats.mean_timings)
     return status
+
+
+def _mending(mending: Mending) -> mesh_pb2.MendingStatus:
+    return mesh_pb2.MendingStatus(
+        reason=mending.reason,
+        fill_ns=mending.fill_ns,
+        join_ns=mending.join_ns,
+        rebuild_ns=mending.rebuild_ns,
+        num_tokens_rebuilt=mending.num_tokens_rebuilt,
+        num_blocks_moved=mending.num_blocks_moved,
+    )
 
 
 def _queue(stats: CoreStats) -> mesh_pb2.QueueStatus:

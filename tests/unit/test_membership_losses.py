@@ -276,3 +276,24 @@ def test_nothing_is_due_without_members() -> None:
     mesh = FakeMesh()
     assert mesh.members.wakeup_ns() is None
     assert view_of(mesh.members).detail == "no worker has registered"
+
+
+def test_how_long_each_phase_of_mending_took() -> None:
+    mesh = two_stages()
+    mesh.disconnect("b")
+    mesh.wait(S, deaf=["b"])
+    joiner = mesh.register("c", worker={"joins": False})
+    mesh.run()
+    mending = mesh.members.pipelines[0].mending
+    assert mending is not None
+    assert (mending.fill_ns, mending.join_ns) == (S, 0)
+    mesh.wait(S // 2)
+    mesh.members.epoch_joined(joiner.session, "p0", Epoch(TERM, 2))
+    mesh.run()
+    assert mending.join_ns == S // 2
+    assert mesh.members.rebuilding == mesh.members.pipelines
+    mesh.wait(S)
+    mesh.members.pipelines[0].rebuilt(17, mesh.now_ns)
+    assert not mesh.members.rebuilding
+    assert (mending.rebuild_ns, mending.num_tokens_rebuilt) == (S, 17)
+    assert "worker b broke" in mending.reason
