@@ -42,12 +42,12 @@ def run(argv: Sequence[str]) -> int:
         prog="stagemesh drain",
         description="Hands a worker's layers and requests over to another one, and ends it.",
     )
-    print(asyncio.run(_drain(options)))
+    print(asyncio.run(drain(options)))
     return 0
 
 
-async def _drain(options: DrainOptions) -> str:
-    """What became of it, for people."""
+async def drain(options: DrainOptions) -> str:
+    """What became of it, for people. Raises as `run` does."""
     request = mesh_pb2.DrainWorkerRequest(
         worker_id=options.worker, to_worker_id=options.to, stay=options.stay
     )

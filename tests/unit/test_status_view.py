@@ -62,6 +62,72 @@ def test_everything_that_matters_is_shown() -> None:
         assert fact in text
 
 
+MENDED = mesh_pb2.GetStatusResponse(
+    workers=[
+        mesh_pb2.WorkerStatus(worker_id="w0", state=mesh_pb2.WORKER_STATE_SERVING, draining=True),
+        mesh_pb2.WorkerStatus(worker_id="w1", state=mesh_pb2.WORKER_STATE_SERVING),
+        mesh_pb2.WorkerStatus(worker_id="w2", state=mesh_pb2.WORKER_STATE_READY),
+        mesh_pb2.WorkerStatus(
+            worker_id="w3", state=mesh_pb2.WORKER_STATE_IDLE, error="3 steps in a row failed"
+        ),
+    ],
+    pipelines=[
+        mesh_pb2.PipelineStatus(
+            pipeline_id="p0",
+            epoch=plan_pb2.Epoch(n=4),
+            worker_ids=["w0", "w1"],
+            serving=True,
+            num_lacking_tokens=320,
+            mending=mesh_pb2.MendingStatus(
+                reason="worker w9 left", fill_ns=2_000_000, join_ns=31_000_000, num_blocks_moved=12
+            ),
+        )
+    ],
+)
+
+
+def line_with(text: str, word: str) -> str:
+    (line,) = (line for line in text.splitlines() if word in line)
+    return line
+
+
+def test_what_each_worker_is_there_for() -> None:
+    text = shown(MENDED)
+    rows = {line.split()[0]: line.split()[1] for line in text.splitlines() if line[:1] == "w"}
+    assert rows["w0"] == "draining"
+    assert rows["w1"] == "serving"
+    assert rows["w2"] == "spare"
+    assert "w3 is set aside: 3 steps in a row failed" in text
+
+
+def test_a_pipeline_that_is_being_mended() -> None:
+    line = line_with(shown(MENDED), "worker w9 left")
+    assert line.startswith("mending")
+    for fact in ("workers 2 ms", "joining 31 ms", "320 tokens lacking", "12 blocks moved"):
+        assert fact in line
+    assert "rebuilding" not in line
+    assert "epoch 4" in shown(MENDED)
+
+
+def test_a_pipeline_that_was_mended() -> None:
+    whole = mesh_pb2.GetStatusResponse()
+    whole.CopyFrom(MENDED)
+    whole.pipelines[0].num_lacking_tokens = 0
+    whole.pipelines[0].mending.rebuild_ns = 450_000_000
+    whole.pipelines[0].mending.num_tokens_rebuilt = 320
+    line = line_with(shown(whole), "worker w9 left")
+    assert line.startswith("mended")
+    assert "rebuilding 450 ms" in line
+    assert "320 tokens rebuilt" in line
+
+
+def test_a_place_that_nobody_holds() -> None:
+    vacant = mesh_pb2.PipelineStatus(pipeline_id="p0", worker_ids=["w0", ""])
+    text = shown(mesh_pb2.GetStatusResponse(pipelines=[vacant]))
+    assert "waiting for workers" in text
+    assert "(nobody)" in text
+
+
 def test_a_mesh_with_nothing_in_it_can_be_shown() -> None:
     assert "not serving" in shown(mesh_pb2.GetStatusResponse())
 
