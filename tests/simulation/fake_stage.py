@@ -1,23 +1,24 @@
-"""A stage worker without numbers: KV pages by block id, and the worker's rule, enforced.
+"""A stage worker without numbers: executes plans on KV pages by block id, and enforces the rule.
 
 It believes nothing that a plan did not tell it: pages start with rubbish, tables and sampling
-parameters must come again in every epoch.
+parameters must come again in every epoch. Whether positions are missing is not checked: whoever
+reads a page that holds something else computes something else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from simulation.pretend_model import (
     attend,
     embed,
     key_value,
-    mix,
     prompt_logprob,
     rope_length,
     sample,
 )
+from simulation.stage_memory import StageMemory, Value
 
 from stagemesh.plan import (
     NOT_FINITE,
@@ -28,6 +29,9 @@ from stagemesh.plan import (
     SequenceState,
     Step,
 )
+
+# The hidden states of the rows that a stage receives, in the step's order.
+Payload = list[list[Value]]
 
 
 class BrokenPlan(AssertionError):
@@ -41,60 +45,40 @@ class _Held:
     run: int
     epoch: Epoch
     state: SequenceState
+    tokens: list[int]
     table: list[int] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    end: int | None = None
 
 
 class FakeStage:
-    def __init__(
-        self,
-        stage: int,
-        layers: range,
-        *,
-        is_last: bool,
-        num_blocks: int,
-        block_size: int,
-        dynamic_rope: int,
-        poison: Mapping[int, int],
-        salt: int,
-    ) -> None:
-        """`poison`: position by seed, where the numbers of the sequence with that seed break."""
-        self._stage = stage
-        self._layers = layers
-        self._is_last = is_last
-        self._num_blocks = num_blocks
-        self._block_size = block_size
+    """`poison`: position by seed, where the numbers of the sequence with that seed break."""
+
+    def __init__(self, memory: StageMemory, dynamic_rope: int, poison: Mapping[int, int]) -> None:
+        self.memory = memory
+        self.num_tokens_executed = 0
         self._dynamic_rope = dynamic_rope
         self._poison = poison
-        self._salt = salt
         self._held: dict[int, _Held] = {}
         self._epoch: Epoch | None = None
+        self._stage = self._num_stages = self._num_blocks = 0
         self._next_step = 0
-        self.forget_pages()
 
     @property
     def num_held(self) -> int:
         return len(self._held)
 
-    def forget_pages(self) -> None:
-        num_slots = self._num_blocks * self._block_size
-        self._pages: dict[int, list[int | None]] = {
-            layer: [mix(16, self._salt, self._stage, layer, slot) for slot in range(num_slots)]
-            for layer in self._layers
-        }
-        self._held.clear()
-
-    def join(self, epoch: Epoch, *, keep_kv: bool) -> None:
+    def join(
+        self, epoch: Epoch, *, stage: int, num_stages: int, num_blocks: int, keep_kv: bool
+    ) -> None:
+        if num_blocks > self.memory.num_blocks:
+            raise BrokenPlan(f"{num_blocks} blocks where {self.memory.num_blocks} fit")
         if not keep_kv:
-            self.forget_pages()
-        self._epoch = epoch
-        self._next_step = 0
+            self.memory.forget()
+            self._held.clear()
+        self._epoch, self._next_step = epoch, 0
+        self._stage, self._num_stages, self._num_blocks = stage, num_stages, num_blocks
 
-    def execute(
-        self, step: Step, hidden: list[list[int | None]]
-    ) -> tuple[list[list[int | None]], tuple[RowResult, ...]]:
-        """Hidden states in, per row; hidden states and, on the last stage, results out."""
+    def execute(self, step: Step, payload: Payload) -> tuple[Payload, tuple[RowResult, ...]]:
+        """Hidden states in; hidden states or, on the last stage, results out."""
         if step.epoch != self._epoch:
             raise BrokenPlan(f"a step of epoch {step.epoch} in epoch {self._epoch}")
         if step.step != self._next_step:
@@ -105,98 +89,175 @@ class FakeStage:
                 del self._held[gone.sequence_id]
         if len({row.sequence_id for row in step.rows}) < len(step.rows):
             raise BrokenPlan("a sequence has two rows in a step")
-        outs = [
-            self._execute_row(row, states) for row, states in zip(step.rows, hidden, strict=True)
-        ]
-        results = tuple(
-            self._result(row, out)
-            for row, out in zip(step.rows, outs, strict=True)
-            if self._is_last
-        )
-        return outs, results
+        incoming = iter(payload)
+        outs = [self._take_row(row, incoming) for row in step.rows]
+        if next(incoming, None) is not None:
+            raise BrokenPlan("hidden states of more rows than the plan says")
+        sent = [out for row, out in zip(step.rows, outs, strict=True) if self._is_sent(row)]
+        if self._stage + 1 < self._num_stages:
+            return sent, ()
+        return [], tuple(map(self._result, step.rows, outs))
 
-    def _execute_row(self, row: Row, states: list[int | None]) -> list[int | None]:
+    def settle(self, step: Step) -> None:
+        """The step was acknowledged: what it wrote here counts."""
+        for row in step.rows:
+            held = self._held.get(row.sequence_id)
+            if held is None or held.run != row.run or not self._writes(row):
+                continue
+            size = self.memory.block_size
+            for position in range(row.start, row.start + row.num_tokens):
+                slot = (held.table[position // size], position % size)
+                self.memory.settled[slot] = (row.sequence_id, row.run, position)
+
+    # ---- rows ----------------------------------------------------------------------------------
+
+    def _executes(self, row: Row) -> bool:
+        return row.first_stage <= self._stage < row.end_stage
+
+    def _writes(self, row: Row) -> bool:
+        return self._executes(row) and self._stage >= row.first_writing_stage
+
+    def _is_sent(self, row: Row) -> bool:
+        return row.first_stage <= self._stage + 1 < row.end_stage
+
+    def _take_row(self, row: Row, incoming: object) -> list[Value]:
+        """What becomes of a row here: hidden states for the next stage, or nothing."""
         held = self._note(row)
-        if self._layers.start == 0:
-            rope = rope_length(held.state.total_length, self._dynamic_rope)
-            positions = range(row.start, row.start + row.num_tokens)
-            states = [embed(t, p, rope) for t, p in zip(row.token_ids, positions, strict=True)]
-        states = list(states)
+        if self._executes(row):
+            return self._execute_row(row, held, self._input(row, held, incoming))
+        if self._is_sent(row):
+            return self._logged(row, held)
+        return []
+
+    def _input(self, row: Row, held: _Held, incoming: object) -> list[Value]:
+        if self._stage > 0:
+            states = next(incoming, [])  # type: ignore[call-overload]
+            if len(states) != row.num_tokens:
+                raise BrokenPlan(f"{_name(row)}: {len(states)} states for {row.num_tokens} tokens")
+            return list(states)
+        rope = rope_length(held.state.total_length, self._dynamic_rope)
+        return [embed(t, p, rope) for p, t in enumerate(row.token_ids, row.start)]
+
+    def _execute_row(self, row: Row, held: _Held, states: list[Value]) -> list[Value]:
+        self.num_tokens_executed += row.num_tokens
         poison = self._poison.get(held.state.sampling.seed)
         if poison is not None and row.start <= poison < row.start + row.num_tokens:
             states[poison - row.start] = None
-        for layer in self._layers:
-            states = self._layer(layer, held, row.start, states)
+        if self._writes(row):
+            self._check_unsettled(row, held)
+        for layer in self.memory.layers:
+            states = self._layer(layer, held, row, states)
+        self._write_log(row, held, states)
         return states
 
-    def _layer(
-        self, layer: int, held: _Held, start: int, states: Iterable[int | None]
-    ) -> list[int | None]:
-        size, pages, table = self._block_size, self._pages[layer], held.table
-        cache = [pages[table[p // size] * size + p % size] for p in range(start)]
-        outs = []
-        for position, hidden in enumerate(states, start):
-            value = key_value(layer, hidden, position)
-            pages[table[position // size] * size + position % size] = value
-            cache.append(value)
-            outs.append(attend(layer, hidden, cache))
-        return outs
+    def _layer(self, layer: int, held: _Held, row: Row, states: list[Value]) -> list[Value]:
+        memory = self.memory
+        size, pages, end = memory.block_size, memory.pages[layer], row.start + row.num_tokens
+        if self._writes(row):
+            for position, hidden in enumerate(states, row.start):
+                value = key_value(layer, hidden, position)
+                pages[held.table[position // size]][position % size] = value
+        cache = memory.read(pages, held.table, 0, end)
+        return [attend(layer, h, cache[: p + 1]) for p, h in enumerate(states, row.start)]
+
+    def _check_unsettled(self, row: Row, held: _Held) -> None:
+        size, settled = self.memory.block_size, self.memory.settled
+        for position in range(row.start, row.start + row.num_tokens):
+            writer = settled.pop((held.table[position // size], position % size), None)
+            if writer == (row.sequence_id, row.run, position):
+                raise BrokenPlan(f"{_name(row)}: KV of {position} is written again, it was valid")
+
+    # ---- the log -------------------------------------------------------------------------------
+
+    def _write_log(self, row: Row, held: _Held, states: list[Value]) -> None:
+        if self._stage + 1 == self._num_stages:
+            return
+        size = self.memory.block_size
+        for position, hidden in enumerate(states, row.start):
+            block_id = held.table[position // size]
+            if block_id < self.memory.num_log_blocks:
+                self.memory.log[block_id][position % size] = hidden
+
+    def _logged(self, row: Row, held: _Held) -> list[Value]:
+        end, size = row.start + row.num_tokens, self.memory.block_size
+        beyond = [
+            block_id
+            for block_id in held.table[row.start // size : -(-end // size)]
+            if block_id >= self.memory.num_log_blocks
+        ]
+        if beyond:
+            raise BrokenPlan(f"{_name(row)}: blocks {beyond} are not in the log")
+        return self.memory.read(self.memory.log, held.table, row.start, end)
+
+    # ---- what is held of sequences -------------------------------------------------------------
 
     def _note(self, row: Row) -> _Held:
-        """Takes over what the row says of its sequence."""
+        """Takes over what the row says of its sequence, whether the row concerns the stage or not.
+
+        Raises BrokenPlan.
+        """
         assert self._epoch is not None
-        name = f"sequence {row.sequence_id} run {row.run}"
+        _check_row(row, self._num_stages)
         if row.state is not None:
             tokens = [*row.state.prompt_token_ids, *row.state.output_token_ids]
-            held = _Held(row.run, self._epoch, row.state, tokens=tokens)
-            self._held[row.sequence_id] = held
-        elif row.sequence_id not in self._held:
-            raise BrokenPlan(f"{name} is unknown")
-        held = self._held[row.sequence_id]
+            self._held[row.sequence_id] = _Held(row.run, self._epoch, row.state, tokens)
+        held = self._held.get(row.sequence_id)
+        if held is None:
+            raise BrokenPlan(f"{_name(row)} is unknown")
         if held.run != row.run or held.epoch != self._epoch:
-            raise BrokenPlan(f"{name}: its state did not come with the first row")
+            raise BrokenPlan(f"{_name(row)}: its state did not come with the first row")
+        self._update_table(held, row)
         end = row.start + row.num_tokens
-        if row.num_tokens < 1 or len(row.token_ids) != row.num_tokens:
-            raise BrokenPlan(f"{name}: {len(row.token_ids)} ids for {row.num_tokens} tokens")
-        if held.end is not None and row.start > held.end:
-            raise BrokenPlan(f"{name}: positions [{held.end}, {row.start}) are missing")
-        self._update_table(name, held, row)
-        if end > len(held.table) * self._block_size:
-            raise BrokenPlan(f"{name}: {end} positions in {len(held.table)} blocks")
-        held.tokens[row.start : end] = row.token_ids
-        held.end = end
+        if end > len(held.table) * self.memory.block_size:
+            raise BrokenPlan(f"{_name(row)}: {end} positions in {len(held.table)} blocks")
+        if row.start > len(held.tokens):
+            raise BrokenPlan(f"{_name(row)}: tokens before {row.start} are not known")
+        held.tokens[row.start : row.start + len(row.token_ids)] = row.token_ids
         return held
 
-    def _update_table(self, name: str, held: _Held, row: Row) -> None:
+    def _update_table(self, held: _Held, row: Row) -> None:
         for update in row.block_updates:
             if update.first_index > len(held.table):
-                raise BrokenPlan(f"{name}: a gap in the block table")
+                raise BrokenPlan(f"{_name(row)}: a gap in the block table")
             if not all(0 <= block_id < self._num_blocks for block_id in update.block_ids):
-                raise BrokenPlan(f"{name}: blocks that are not the pipeline's")
-            last = update.first_index + len(update.block_ids)
-            held.table[update.first_index : last] = update.block_ids
+                raise BrokenPlan(f"{_name(row)}: blocks that are not the pipeline's")
+            held.table[update.first_index :] = update.block_ids
 
-    def _result(self, row: Row, outs: list[int | None]) -> RowResult:
-        held = self._held[row.sequence_id]
+    # ---- results -------------------------------------------------------------------------------
+
+    def _result(self, row: Row, outs: list[Value]) -> RowResult:
+        if not self._executes(row):
+            return RowResult(row.sequence_id, row.run)
         if None in outs:
             return RowResult(row.sequence_id, row.run, error=NOT_FINITE)
-        finite = [out for out in outs if out is not None]
+        held = self._held[row.sequence_id]
+        finite = {p: out for p, out in enumerate(outs, row.start) if out is not None}
         num_prompt = len(held.state.prompt_token_ids)
+        spec, tokens = held.state.sampling, held.tokens
         sampled = tuple(
-            SampledToken(
-                position + 1,
-                sample(
-                    finite[position - row.start],
-                    position,
-                    held.tokens[num_prompt : position + 1],
-                    num_prompt,
-                    held.state.sampling,
-                ),
-            )
-            for position in row.sample_positions
+            SampledToken(p + 1, sample(finite[p], p, tokens[num_prompt : p + 1], num_prompt, spec))
+            for p in row.sample_positions
         )
-        logprobs = tuple(
-            prompt_logprob(finite[position - row.start], position, held.tokens[position + 1])
-            for position in row.logprob_positions
-        )
+        logprobs = tuple(prompt_logprob(finite[p], p, tokens[p + 1]) for p in row.logprob_positions)
         return RowResult(row.sequence_id, row.run, sampled, logprobs)
+
+
+def _name(row: Row) -> str:
+    return f"sequence {row.sequence_id} run {row.run}"
+
+
+def _check_row(row: Row, num_stages: int) -> None:
+    """Raises BrokenPlan for a row that contradicts itself."""
+    if row.num_tokens < 1 or not 0 <= row.first_stage < row.end_stage <= num_stages:
+        raise BrokenPlan(f"{_name(row)}: nothing to do for stages of {num_stages}: {row}")
+    if not row.first_writing_stage < row.end_stage:
+        raise BrokenPlan(f"{_name(row)}: nobody writes: {row}")
+    log = row.input_from_log_of_stage
+    if log is None:
+        if row.first_stage > 0 or len(row.token_ids) != row.num_tokens:
+            raise BrokenPlan(f"{_name(row)}: {len(row.token_ids)} ids for {row.num_tokens} tokens")
+    elif row.token_ids or log != row.first_stage - 1:
+        raise BrokenPlan(f"{_name(row)}: input from the log of stage {log}: {row}")
+    has_outcome = bool(row.sample_positions or row.logprob_positions)
+    if has_outcome and row.end_stage < num_stages:
+        raise BrokenPlan(f"{_name(row)}: samples without the last stage")

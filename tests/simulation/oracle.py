@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from simulation.arrivals import Arrival
 from simulation.pretend_model import RightAnswer
-from simulation.scenario import Arrival
 
 from scheduler.core import EndReason, Finished, Request, RequestKey, Tokens
 from stagemesh.errors import (
@@ -51,6 +51,7 @@ class Oracle:
         # Lengths at which a context may have ended, and what there is now.
         self.capacities_ever: set[int] = set()
         self.max_capacity = 0
+        self.is_serving = False  # any pipeline
         self.may_fail = False  # while a step is given up with all its requests
 
     def arrived(self, arrival: Arrival) -> None:
@@ -155,10 +156,13 @@ class Oracle:
             return len(stream.output) == request.max_tokens or is_at_end
         if event.reason is EndReason.ABORTED:
             return stream.may_be_aborted
+        is_late = request.deadline_ns is not None and request.deadline_ns <= now_ns
         if isinstance(event.error, RequestDeadlineExceeded):
-            return request.deadline_ns is not None and request.deadline_ns <= now_ns
+            return is_late
         if isinstance(event.error, NotFiniteError):
             return stream.poison is not None and stream.num_tokens - 1 <= stream.poison
+        if isinstance(event.error, MeshUnavailable) and is_late and not self.is_serving:
+            return True
         if isinstance(event.error, ContextLengthExceeded | MeshUnavailable):
             return stream.num_tokens >= self.max_capacity > 0
         return self.may_fail and isinstance(event.error, PeerLost)

@@ -4,41 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from simulation.scenario import MS, Arrival, Faults, PipelineShape, Scenario
+from simulation.clock import MS
+from simulation.examples import arrival, mesh, shape
+from simulation.scenario import Break, Scenario
 from simulation.world import World
-
-from scheduler.core import Request, RequestKey, SchedulerLimits
-from stagemesh.sampling import SamplingSpec
-
-CALM = Faults(lost=0.0, doubled=0.0, mean_break_ns=None)
-
-
-def arrival(number: int, num_prompt: int, max_tokens: int, at_ns: int = 0) -> Arrival:
-    request = Request(
-        key=RequestKey(0, number),
-        attempt=0,
-        label=f"r{number}",
-        prompt_token_ids=tuple((number * 7 + position) % 40 for position in range(num_prompt)),
-        output_token_ids=(),
-        sampling=SamplingSpec(seed=number),
-        max_tokens=max_tokens,
-    )
-    return Arrival(at_ns, request, None, None, None, None)
-
-
-def shape(num_stages: int, num_blocks: int = 256, latency_ns: int = MS) -> PipelineShape:
-    return PipelineShape(
-        cuts=tuple(range(1, num_stages)),
-        num_blocks=num_blocks,
-        block_size=4,
-        max_model_len=128,
-        latencies_ns=(latency_ns,) * num_stages,
-        jitter=0.0,
-    )
-
-
-def mesh(*shapes: PipelineShape, arrivals: tuple[Arrival, ...], **limits: int) -> Scenario:
-    return Scenario(SchedulerLimits(**limits), shapes, CALM, 0, arrivals, ())
 
 
 def run(scenario: Scenario, seed: int = 0) -> World:
@@ -49,7 +18,7 @@ def last_end_ns(scenario: Scenario) -> int:
     """When the last request ended."""
     ends: list[int] = []
     world = World(0, scenario=scenario)
-    world.on_end = lambda: ends.append(world.now_ns)
+    world.on_end = lambda: ends.append(world.clock.now_ns)
     world.run()
     return ends[-1]
 
@@ -92,10 +61,10 @@ def test_more_streams_than_blocks_all_come_through() -> None:
 
 def test_breaks_in_mid_generation_lose_and_double_nothing() -> None:
     arrivals = tuple(arrival(number, num_prompt=10, max_tokens=60) for number in range(6))
-    faults = Faults(lost=0.01, doubled=0.1, mean_break_ns=15 * MS)
-    calm = mesh(shape(3), arrivals=arrivals)
+    breaks = tuple(Break(at_ns=(7 + 15 * n) * MS, lost=(n % 3,) * (n % 2)) for n in range(12))
+    scenario = mesh(shape(3), arrivals=arrivals)
     for seed in range(5):
-        world = run(replace(calm, faults=faults), seed)
+        world = run(replace(scenario, breaks=breaks, lost=0.01, doubled=0.1), seed)
         assert world.core.stats().num_finished == 6
         assert world.core.stats().generated_tokens == 6 * 60
         assert world.core.stats().pipelines[0].epoch.n > 3

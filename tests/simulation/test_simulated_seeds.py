@@ -1,12 +1,14 @@
-"""The real core under the simulator, some hundred seeds of it. `make sim SEED=n` replays one."""
+"""The real core under the simulator, hundreds of seeds of it. `make sim SEED=n` replays one."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 import pytest
 from simulation.world import World
 
-NUM_SEEDS = 256
-SEEDS_PER_TEST = 16
+NUM_SEEDS = 768
+SEEDS_PER_TEST = 64
 
 
 @pytest.mark.parametrize("first", range(0, NUM_SEEDS, SEEDS_PER_TEST))
@@ -26,15 +28,24 @@ def test_a_seed_is_always_the_same_run() -> None:
 
 def test_the_seeds_meet_what_they_are_for() -> None:
     """A simulator that never preempts or loses a result would prove little."""
-    preempted = cached = out_of_order = epochs = 0
-    for seed in range(40):
+    met: Counter[str] = Counter()
+    for seed in range(60):
         world = World(seed, check_integrity=False).run()
         stats = world.core.stats()
-        preempted += stats.num_preempted
-        cached += stats.cached_prompt_tokens
-        out_of_order += world.num_wrong_orders
-        epochs += sum(pipeline.epoch.n for pipeline in stats.pipelines)
-    assert preempted > 20
-    assert cached > 100
-    assert out_of_order > 0
-    assert epochs > 100
+        met += world.rebuilds
+        met["preemptions"] += stats.num_preempted
+        met["cached tokens"] += stats.cached_prompt_tokens
+        met["results out of order"] += world.num_wrong_orders
+        met["epochs"] += sum(pipeline.epoch.n for pipeline in stats.pipelines)
+        met["stages lost"] += sum(pipeline.num_losses for pipeline in world.pipelines.values())
+        met["stages moved"] += sum(pipeline.num_moves for pipeline in world.pipelines.values())
+    print(met)
+    assert met["preemptions"] > 50
+    assert met["cached tokens"] > 200
+    assert met["results out of order"] > 0
+    assert met["epochs"] > 300
+    assert met["stages lost"] > 200
+    assert met["stages moved"] > 30
+    assert met["from a log"] > 200
+    assert met["computed without writing"] > 100
+    assert met["several stages at once"] > 20

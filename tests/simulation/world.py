@@ -6,28 +6,26 @@ oracle, and its integrity is checked.
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from itertools import count
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from random import Random
 
+from simulation.arrivals import Arrival
+from simulation.clock import MS, Clock
 from simulation.fake_pipeline import FakePipeline
 from simulation.oracle import Oracle, Violation
-from simulation.scenario import MS, Arrival, Scenario, draw
+from simulation.scenario import Scenario, draw
 
 from scheduler.core import Finished, RequestKey, SchedulerCore
 from stagemesh.errors import ContextLengthExceeded, PeerLost, QueueFull, StepOutOfOrder
-from stagemesh.plan import StepResult
+from stagemesh.plan import Row, StepResult
 
 _MAX_EVENTS = 100_000
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class _Event:
-    at_ns: int
-    number: int
-    what: Callable[[], None]
+# Checking the integrity after every event would take more time than all the rest.
+_EVENTS_PER_CHECK = 5
 
 
 class World:
@@ -39,18 +37,18 @@ class World:
         check_integrity: bool = True,
         trace: Callable[[str], None] | None = None,
     ) -> None:
+        self.seed = seed
         self.random = Random(seed)
         self.scenario = scenario or draw(self.random)
-        self.now_ns = 0
+        self.clock = Clock()
         self.core = SchedulerCore(self.scenario.limits)
         self.oracle = Oracle(self.scenario.dynamic_rope)
         self.is_over = False  # faults have stopped
         self.num_wrong_orders = 0
+        self.rebuilds: Counter[str] = Counter()  # rows, by how they bring KV back
         self.on_end: Callable[[], None] = lambda: None  # a request has ended
         self._check_integrity = check_integrity
         self._trace = trace
-        self._events: list[_Event] = []
-        self._numbers = count()
         self._dead_gateways: set[int] = set()
         self._wake_ns: int | None = None
         poison = {
@@ -59,74 +57,77 @@ class World:
             if a.poison is not None
         }
         self.pipelines = {
-            f"p{i}": FakePipeline(self, f"p{i}", shape, poison)
-            for i, shape in enumerate(self.scenario.shapes)
+            f"p{number}": FakePipeline(self, number, shape, poison)
+            for number, shape in enumerate(self.scenario.shapes)
         }
 
     # ---- time ----------------------------------------------------------------------------------
 
-    def at(self, at_ns: int, what: Callable[[], None]) -> None:
-        heapq.heappush(self._events, _Event(max(at_ns, self.now_ns), next(self._numbers), what))
-
-    def after(self, delay_ns: int, what: Callable[[], None]) -> None:
-        self.at(self.now_ns + delay_ns, what)
-
     def say(self, text: str) -> None:
         if self._trace:
-            self._trace(f"{self.now_ns / MS:10.3f} ms  {text}")
+            self._trace(f"{self.clock.now_ns / MS:10.3f} ms  {text}")
 
     def run(self) -> World:
         """Until nothing happens any more. Raises AssertionError (Violation, BrokenPlan, …)."""
         for pipeline in self.pipelines.values():
-            self.at(self.random.choice((0, 5 * MS)), pipeline.form)
+            self.clock.at(pipeline.random.choice((0, 5 * MS)), pipeline.form)
+        self._expect_faults()
         for arrival in self.scenario.arrivals:
             self._expect(arrival)
-        for at_ns, gateway in self.scenario.gateway_deaths:
-            self.at(at_ns, lambda gateway=gateway: self._gateway_dies(gateway))
-        self.at(self.scenario.end_ns, self._end_faults)
-        for _ in range(_MAX_EVENTS):
-            if not self._events:
+        for number in range(_MAX_EVENTS):
+            if self.clock.is_empty:
                 self._check_end()
                 return self
-            event = heapq.heappop(self._events)
-            self.now_ns = event.at_ns
-            event.what()
+            self.clock.step()
             self.turn()
+            if self._check_integrity and number % _EVENTS_PER_CHECK == 0:
+                self.core.check_integrity()
         raise Violation("it never ends")
 
     def turn(self) -> None:
         """What a driver does after anything has happened."""
         self.take_events()
-        for step in self.core.schedule(self.now_ns):
-            rows = ", ".join(
-                f"{r.sequence_id}/{r.run}[{r.start}:{r.start + r.num_tokens}]" for r in step.rows
-            )
+        for step in self.core.schedule(self.clock.now_ns):
+            rows = ", ".join(map(_describe, step.rows))
             self.say(f"step  {step.pipeline_id} {step.epoch.n}.{step.step}: {rows} {step.forget}")
+            self.rebuilds.update(kind for row in step.rows for kind in _rebuild_kinds(row))
             self.pipelines[step.pipeline_id].send(step)
         self.take_events()
-        if self._check_integrity:
-            self.core.check_integrity()
-        self.oracle.check_ended(self.now_ns)
+        self.oracle.check_ended(self.clock.now_ns)
         wake_ns = self.core.next_deadline_ns()
         if wake_ns is not None and wake_ns != self._wake_ns:
             self._wake_ns = wake_ns
-            self.at(wake_ns, lambda: None)
+            self.clock.at(wake_ns, lambda: None)
+
+    def _expect_faults(self) -> None:
+        scenario, pipelines = self.scenario, list(self.pipelines.values())
+        for broken in scenario.breaks:
+            self.clock.at(
+                broken.at_ns, lambda each=broken: pipelines[each.pipeline].break_epoch(each)
+            )
+        for slow in scenario.slowness:
+            pipeline, stage = pipelines[slow.pipeline], slow.stage
+            self.clock.at(slow.at_ns, lambda p=pipeline, s=slow: p.slow.update({s.stage: s.factor}))
+            self.clock.at(slow.at_ns + slow.for_ns, lambda p=pipeline, s=stage: p.slow.pop(s, None))
+        for at_ns, gateway in scenario.gateway_deaths:
+            self.clock.at(at_ns, lambda gateway=gateway: self._gateway_dies(gateway))
+        self.clock.at(scenario.end_ns, self._end_faults)
 
     # ---- clients -------------------------------------------------------------------------------
 
     def _expect(self, arrival: Arrival) -> None:
         key, start_ns = arrival.request.key, arrival.at_ns
         self.oracle.arrived(arrival)
-        self.at(start_ns, lambda: self._submit(arrival, arrival.request.attempt))
+        self.clock.at(start_ns, lambda: self._submit(arrival, arrival.request.attempt))
         if arrival.abort_after_ns is not None:
-            self.at(start_ns + arrival.abort_after_ns, lambda: self._abort(key))
+            self.clock.at(start_ns + arrival.abort_after_ns, lambda: self._abort(key))
         if arrival.again_after_ns is not None:
-            self.at(
+            self.clock.at(
                 start_ns + arrival.again_after_ns,
                 lambda: self._submit(arrival, self.oracle.last_attempt(key)),
             )
         if arrival.next_attempt_after_ns is not None:
-            self.at(
+            self.clock.at(
                 start_ns + arrival.next_attempt_after_ns,
                 lambda: self._submit(arrival, self.oracle.last_attempt(key) + 1),
             )
@@ -141,12 +142,14 @@ class World:
         num_waiting = self.core.stats().num_waiting
         self.say(f"submit {request.label}.{attempt}: {len(request.prompt_token_ids)} + {output}")
         try:
-            self.core.submit(request, self.now_ns)
+            self.core.submit(request, self.clock.now_ns)
         except ContextLengthExceeded as error:
             if not len(request.prompt_token_ids) >= self.oracle.max_capacity > 0:
                 raise Violation(f"{request.label} was refused: {error}") from error
         except QueueFull as error:
-            if num_waiting < self.scenario.limits.max_waiting_requests or output:
+            is_full = num_waiting >= self.scenario.limits.max_waiting_requests
+            is_hopeless = request.deadline_ns is not None  # as far as the core can tell
+            if output or not (is_full or is_hopeless):
                 raise Violation(f"{request.label} was refused: {error}") from error
             if not error.retry_after_s or error.retry_after_s <= 0:
                 raise Violation("no hint when to come again") from error
@@ -158,13 +161,13 @@ class World:
         attempt = self.random.choice((None, self.oracle.last_attempt(key), 0))
         self.say(f"abort {key} attempt {attempt}")
         self.oracle.aborted(key, attempt)
-        self.core.abort(key, self.now_ns, attempt)
+        self.core.abort(key, self.clock.now_ns, attempt)
 
     def _gateway_dies(self, gateway: int) -> None:
         self.say(f"gateway {gateway} dies")
         self._dead_gateways.add(gateway)
         self.oracle.gateway_died(gateway)
-        self.core.abort_gateway(gateway, self.now_ns)
+        self.core.abort_gateway(gateway, self.clock.now_ns)
 
     # ---- results and checks --------------------------------------------------------------------
 
@@ -172,25 +175,31 @@ class World:
         tokens = [(row.sequence_id, [t.token_id for t in row.sampled]) for row in result.rows]
         self.say(f"result {result.pipeline_id} {result.epoch.n}.{result.step}: {tokens}")
         try:
-            self.core.on_result(result, self.now_ns)
+            self.core.on_result(result, self.clock.now_ns)
         except StepOutOfOrder as error:
             if not pipeline.has_lost_result:
                 raise Violation(f"a result in order was refused: {error}") from error
             self.num_wrong_orders += 1
-            pipeline.break_epoch()
+            pipeline.break_by_chance()
+        else:
+            pipeline.acknowledged(result)
 
     def fail_oldest_step(self, pipeline_id: str) -> None:
         """As a driver does with a step that breaks every epoch."""
         self.say(f"fails  {pipeline_id}: oldest step")
         self.oracle.may_fail = True
-        self.core.fail_oldest_step(pipeline_id, PeerLost("a step breaks its epochs"), self.now_ns)
+        self.core.fail_oldest_step(
+            pipeline_id, PeerLost("a step breaks its epochs"), self.clock.now_ns
+        )
         self.take_events()
         self.oracle.may_fail = False
 
     def pipelines_changed(self) -> None:
-        present = [p.shape.capacity for p in self.pipelines.values() if p.is_known_to_core]
+        known = [pipeline for pipeline in self.pipelines.values() if pipeline.is_known_to_core]
+        present = [pipeline.facts.capacity_tokens for pipeline in known]
         self.oracle.capacities_ever.update(present)
         self.oracle.max_capacity = max(present, default=0)
+        self.oracle.is_serving = any(pipeline.is_serving for pipeline in known)
 
     def _end_faults(self) -> None:
         self.is_over = True
@@ -201,7 +210,7 @@ class World:
     def take_events(self) -> None:
         for event in self.core.take_events():
             self.say(f"event {event}")
-            self.oracle.take(event, self.now_ns)
+            self.oracle.take(event, self.clock.now_ns)
             if isinstance(event, Finished):
                 self.on_end()
 
@@ -218,3 +227,18 @@ class World:
             raise Violation(f"the counters are not back to zero: {stats}")
         for fake in self.pipelines.values():
             fake.check_idle()
+
+
+def _describe(row: Row) -> str:
+    stages = f" stages {row.first_stage}({row.first_writing_stage}):{row.end_stage}"
+    return f"{row.sequence_id}/{row.run}[{row.start}:{row.start + row.num_tokens}]{stages}"
+
+
+def _rebuild_kinds(row: Row) -> Iterator[str]:
+    """How a row brings back what stages lost, if it does."""
+    if row.input_from_log_of_stage is not None:
+        yield "from a log"
+    if row.first_writing_stage > row.first_stage:
+        yield "computed without writing"
+    if row.end_stage - max(row.first_stage, row.first_writing_stage) > 1 and row.first_stage > 0:
+        yield "several stages at once"
