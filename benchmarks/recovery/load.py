@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -162,9 +162,9 @@ class Truth:
 
 
 class Load:
-    """All of `wanted` at once; `repeat` begins each again as soon as it is done, until `stop`.
+    """All of `wanted` at once; `repeat` begins each again as soon as it is done, until `finish`.
 
-    Of a repeated load, `streams` are those under way and `done` are those that ended.
+    `streams` are the latest of each, `done` all that ended.
     """
 
     def __init__(
@@ -174,15 +174,13 @@ class Load:
         *,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         repeat: bool = False,
-        on_done: Callable[[Stream], None] | None = None,
     ) -> None:
         self.streams = [Stream(ask) for ask in wanted]
-        self.num_done = 0
-        self.num_tokens_done = 0
+        self.done: list[Stream] = []
+        self._num_rounds = [0] * len(self.streams)
         self._target = target
         self._timeout_s = timeout_s
         self._repeat = repeat
-        self._on_done = on_done or (lambda stream: None)
         self._tasks: list[asyncio.Task[None]] = []
         self._channel: grpc.aio.Channel | None = None
 
@@ -208,12 +206,16 @@ class Load:
 
     @property
     def num_tokens(self) -> int:
-        return self.num_tokens_done + sum(len(stream.token_ids) for stream in self.streams)
+        under_way = (stream for stream in self.streams if not _has_ended(stream))
+        return sum(len(stream.token_ids) for stream in (*self.done, *under_way))
 
     async def until_tokens(self, each: int, timeout_s: float = 60.0) -> None:
-        """Until every stream has so many tokens or has ended."""
+        """Until every stream has so many tokens or has ended once."""
         deadline = time.monotonic() + timeout_s
-        while any(len(s.token_ids) < each and not _has_ended(s) for s in self.streams):
+        while any(
+            len(stream.token_ids) < each and num_rounds == 0
+            for stream, num_rounds in zip(self.streams, self._num_rounds, strict=True)
+        ):
             assert time.monotonic() < deadline, f"waited {timeout_s} s for {each} tokens each"
             await asyncio.sleep(0.005)
 
@@ -233,11 +235,10 @@ class Load:
         while True:
             stream = self.streams[number]
             await run_stream(stub, stream.ask, stream, self._timeout_s)
-            self.num_done += 1
-            self._on_done(stream)
+            self.done.append(stream)
+            self._num_rounds[number] += 1
             if not self._repeat:
                 return
-            self.num_tokens_done += len(stream.token_ids)
             self.streams[number] = Stream(stream.ask)
 
 

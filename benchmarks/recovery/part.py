@@ -134,3 +134,9 @@ async def until(
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
         await asyncio.sleep(POLL_S)
+
+
+def free_address() -> str:
+    """For what must be known before the process that will listen there."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return f"127.0.0.1:{probe.getsockname()[1]}"

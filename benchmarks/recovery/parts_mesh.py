@@ -91,19 +91,16 @@ class PartsMesh:
 
     async def start(self) -> None:
         """Starts what does not run; returns when all pipelines serve and the spares are there."""
-        if not self.scheduler.alive:
-            self.scheduler.start()
-            await self.scheduler.wait_ready()
-        address = self.scheduler.facts["address"]
-        for n in range(len(self.workers), self.shape.num_workers):
-            self.add_worker(f"worker-{n}", address)
-        for n in range(len(self.gateways), self.shape.gateways):
-            self.add_gateway(f"gateway-{n}", address)
         await self.start_dead()
         await self.until_whole()
 
     async def start_dead(self) -> None:
         """Starts what does not run; returns when it can be reached."""
+        if not self.scheduler.alive:
+            self.scheduler.kill()
+            self.scheduler.start()
+            await self.scheduler.wait_ready()
+        self._add_missing(self.scheduler.facts["address"])
         dead = [part for part in self.parts if not part.alive]
         for part in dead:
             part.kill()
@@ -120,6 +117,12 @@ class PartsMesh:
         self.gateways.append(_gateway(self.shape, name, scheduler_address, self.scratch, options))
         return self.gateways[-1]
 
+    def _add_missing(self, scheduler_address: str) -> None:
+        for n in range(len(self.workers), self.shape.num_workers):
+            self.add_worker(f"worker-{n}", scheduler_address)
+        for n in range(len(self.gateways), self.shape.gateways):
+            self.add_gateway(f"gateway-{n}", scheduler_address)
+
     async def status(self) -> Status:
         return await status_of(self.scheduler_at or self.scheduler.facts["address"])
 
@@ -133,9 +136,7 @@ class PartsMesh:
                 status = await self.status()
                 if condition(status):
                     return status
-            assert time.monotonic() < deadline, (
-                f"waited {timeout_s} s for {what}\n{self.describe()}"
-            )
+            assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
             await asyncio.sleep(POLL_S)
 
     async def until_whole(self, timeout_s: float = 60.0) -> Status:
@@ -147,7 +148,10 @@ class PartsMesh:
         return await self.until(is_idle, "the mesh to be idle", timeout_s)
 
     async def restore(self) -> None:
-        """Starts what is dead, and waits until the mesh is as it was in the beginning."""
+        """Starts or thaws what is not at work, and waits until the mesh is as in the beginning."""
+        for part in self.parts:
+            if part.alive:
+                part.thaw()
         await self.start_dead()
         await self.until_whole()
         await self.until_idle()

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import pytest_asyncio
-from support.chaos import THREE_AND_A_SPARE, Meshes
+from support.chaos import THREE_AND_A_SPARE, Meshes, watched
 
 from benchmarks.recovery.load import Truth
 from benchmarks.recovery.parts_mesh import PartsMesh
@@ -28,5 +28,5 @@ def meshes() -> Iterator[Meshes]:
 @pytest_asyncio.fixture
 async def mesh(meshes: Meshes) -> AsyncIterator[PartsMesh]:
     """Three stages and a spare."""
-    async with meshes.lent(THREE_AND_A_SPARE) as lent:
-        yield lent
+    async with watched(meshes.get(THREE_AND_A_SPARE)) as whole:
+        yield whole

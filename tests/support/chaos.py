@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -10,7 +11,8 @@ from pathlib import Path
 from support.paths import DEMO_MODEL
 
 from benchmarks.recovery.load import Ask, Load, Stream, Truth, asks
-from benchmarks.recovery.parts_mesh import MeshShape, PartsMesh
+from benchmarks.recovery.part import Part
+from benchmarks.recovery.parts_mesh import MeshShape, PartsMesh, Status
 
 SEED = 20261121
 # Prompts of up to ten blocks; the demo model's context is 512 tokens.
@@ -28,53 +30,63 @@ class Meshes:
         self._mesh: PartsMesh | None = None
         self._scratch = tempfile.TemporaryDirectory(prefix="stagemesh-chaos-")
 
-    async def get(self, shape: MeshShape) -> PartsMesh:
+    def get(self, shape: MeshShape) -> PartsMesh:
         if self._mesh is None or self._mesh.shape != shape:
-            self.drop()
+            self._drop()
             self._mesh = PartsMesh(shape, Path(tempfile.mkdtemp(dir=self._scratch.name)))
-            await self._mesh.start()
         return self._mesh
 
-    def drop(self) -> None:
+    def _drop(self) -> None:
         if self._mesh is not None:
             self._mesh.end()
             self._mesh = None
 
     def end(self) -> None:
-        self.drop()
+        self._drop()
         self._scratch.cleanup()
 
-    @asynccontextmanager
-    async def lent(self, shape: MeshShape) -> AsyncIterator[PartsMesh]:
-        """A whole mesh, which must be made whole again afterwards; a spoilt one is not lent on."""
-        try:
-            mesh = await self.get(shape)
-            yield mesh
-            await mesh.restore()
-        except BaseException:
-            if self._mesh is not None:
-                print(self._mesh.describe())
-            self.drop()
-            raise
+
+@asynccontextmanager
+async def watched(mesh: PartsMesh) -> AsyncIterator[PartsMesh]:
+    """A whole mesh, that can be made whole again afterwards. One that cannot is ended."""
+    try:
+        await mesh.restore()
+        yield mesh
+        await mesh.restore()
+    except BaseException:
+        print(mesh.describe())
+        mesh.end()
+        raise
 
 
 @asynccontextmanager
 async def loaded(
     mesh: PartsMesh, truth: Truth, wanted: Sequence[Ask] = MANY, *, each: int = 4
 ) -> AsyncIterator[Load]:
-    """Streams that are under way, `each` tokens far, when the block begins, and all right in the
-    end: every token, in order, once."""
+    """Constant load for the time of the block, which begins when each stream is `each` tokens far.
+
+    All that were begun are right in the end: every token, in order, once.
+    """
     await truth.learn(mesh.target, wanted)
-    async with Load(mesh.target, wanted) as load:
+    async with Load(mesh.target, wanted, repeat=True) as load:
         await load.until_tokens(each)
-        unfinished = sum(not stream.finished for stream in load.streams)
-        assert unfinished > len(wanted) // 2, f"only {unfinished} streams are left to disturb"
         yield load
         await load.finish()
-    check(truth, load.streams)
+    check(truth, load.done)
 
 
 def check(truth: Truth, streams: Sequence[Stream]) -> None:
     gaps = sorted(stream.longest_gap_s() for stream in streams)
     print(f"longest pauses of {len(gaps)} streams: {gaps[0]:.2f} to {gaps[-1]:.2f} s")
     assert truth.faults(streams) == []
+
+
+def is_member(status: Status, part: Part) -> bool:
+    """Whether the process is a member now; one that came back under the same name is another."""
+    return any(worker.pid == part.pid for worker in status.workers)
+
+
+async def lasting(duration_s: float) -> None:
+    """How long a fault is to last, where that is what the test is about. Never to wait for the
+    mesh."""
+    await asyncio.sleep(duration_s)
