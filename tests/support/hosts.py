@@ -32,6 +32,12 @@ with grpc.insecure_channel(sys.argv[1]) as channel:
 sys.stdout.buffer.write(reply.SerializeToString())
 """
 _STOP_TIMEOUT_S = 20.0
+# Made again and again: adding what is there changes nothing.
+_TABLE = (
+    "add table inet faults;"
+    "add chain inet faults input { type filter hook input priority 0; };"
+    "add chain inet faults output { type filter hook output priority 0; };"
+)
 
 
 @dataclass
@@ -89,6 +95,45 @@ class Host:
         """Unplugged, packets vanish; no peer is told."""
         _ip("-n", self.namespace, "link", "set", "eth0", "up" if plugged_in else "down")
 
+    def drop(self, peer: Host, port: int | None = None) -> None:
+        """Packets from and to `peer` vanish from now on; with `port`, of connections to it there or
+        here only."""
+        for chain, where, other in (("input", "saddr", peer), ("output", "daddr", peer)):
+            match = f"ip {where} {other.address}"
+            if port is None:
+                self._nft(f"add rule inet faults {chain} {match} drop")
+            else:
+                self._nft(f"add rule inet faults {chain} {match} tcp dport {port} drop")
+                self._nft(f"add rule inet faults {chain} {match} tcp sport {port} drop")
+
+    def close_port(self, port: int) -> None:
+        """Whoever sends to the port is told at once that nobody is there (RST)."""
+        self._nft(f"add rule inet faults input tcp dport {port} reject with tcp reset")
+
+    def open_all(self) -> None:
+        """As before `drop` and `close_port`."""
+        self._nft("flush chain inet faults input; flush chain inet faults output")
+
+    def limit_rate(self, rate: str | None) -> None:
+        """What leaves here is no faster than `rate` ("2mbit"); None for no limit. A bucket that
+        holds a little more than a packet, and a queue of a second behind it."""
+        device = ("-n", self.namespace, "qdisc")
+        if rate is None:
+            _tc(*device, "del", "dev", "eth0", "root")
+        else:
+            bucket = ("tbf", "rate", rate, "burst", "16k", "latency", "1s")
+            _tc(*device, "replace", "dev", "eth0", "root", *bucket)
+
+    def inside(self, *command: str) -> tuple[str, ...]:
+        """The command as one that runs on this host."""
+        return ("ip", "netns", "exec", self.namespace, *command)
+
+    def _nft(self, rules: str) -> None:
+        done = subprocess.run(
+            self.inside("nft", _TABLE + rules), capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"nft {rules}: {done.stderr}"
+
     def logs(self) -> str:
         texts = (path.read_text()[-3000:] for path in sorted(self.scratch.glob("*.log")))
         return "\n".join(texts)
@@ -101,7 +146,7 @@ class Host:
     def _inside(self, *arguments: str) -> list[str]:
         """Each host has its own name too, as hosts do: workers are known by it."""
         named = ("unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', self.namespace)
-        return ["ip", "netns", "exec", self.namespace, *named, sys.executable, *arguments]
+        return [*self.inside(*named), sys.executable, *arguments]
 
     def _log(self, name: str) -> Path:
         return self.scratch / f"{self.namespace}-{name}.log"
@@ -144,6 +189,11 @@ def _plug_in(host: Host, switch: str, port: str) -> None:
 def _ip(*arguments: str) -> None:
     done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"ip {' '.join(arguments)}: {done.stderr}"
+
+
+def _tc(*arguments: str) -> None:
+    done = subprocess.run(["tc", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"tc {' '.join(arguments)}: {done.stderr}"
 
 
 def wait_for_stages(
