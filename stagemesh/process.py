@@ -25,6 +25,7 @@ from stagemesh.supervision import Supervisor
 T = TypeVar("T")
 OnReady = Callable[[Mapping[str, object]], None]
 Serve = Callable[[T, OnReady], Awaitable[None]]
+OnTerminate = Callable[[], bool]
 
 LOG_FORMATS = {"auto": None, "console": False, "json": True}
 
@@ -46,9 +47,17 @@ class ProcessOptions:
 
 
 def run_service(
-    role: str, options_class: type[T], serve: Serve[T], argv: Sequence[str] | None = None
+    role: str,
+    options_class: type[T],
+    serve: Serve[T],
+    argv: Sequence[str] | None = None,
+    *,
+    on_terminate: OnTerminate | None = None,
 ) -> int:
     """Runs `serve(options, on_ready)` until it ends or SIGTERM or SIGINT cancels it.
+
+    `on_terminate`, called in the event loop at the first SIGTERM, may return True: the service then
+    ends by itself, in its own time, unless SIGINT or a second SIGTERM cancels it after all.
 
     `on_ready` takes facts for programs ({"address": "host:port", ...}) and may be called once the
     service is reachable. Returns the exit code: 0, 1 for a failure, 2 for a wrong option. An error
@@ -62,7 +71,8 @@ def run_service(
             (ProcessOptions, options_class), argv, prog=f"stagemesh {role}"
         )
         configure_logging(role, json=LOG_FORMATS[process.log_format], level=process.log_level)
-        asyncio.run(_until_signalled(serve, options, _announcer(process.ready_file, supervisor)))
+        on_ready = _announcer(process.ready_file, supervisor)
+        asyncio.run(_until_signalled(serve, options, on_ready, on_terminate))
     except KeyboardInterrupt:
         return 0
     except BaseExceptionGroup as group:
@@ -89,18 +99,27 @@ def _announcer(ready_file: Path | None, supervisor: Supervisor | None) -> OnRead
     return on_ready
 
 
-async def _until_signalled(serve: Serve[T], options: T, on_ready: OnReady) -> None:
+async def _until_signalled(
+    serve: Serve[T], options: T, on_ready: OnReady, on_terminate: OnTerminate | None
+) -> None:
     service = asyncio.ensure_future(serve(options, on_ready))
     stopping = False
+    may_ask = on_terminate
 
     def stop() -> None:
         nonlocal stopping
         stopping = True
         service.cancel()
 
+    def terminate() -> None:
+        nonlocal may_ask
+        ask, may_ask = may_ask, None
+        if ask is None or not ask():
+            stop()
+
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
+    loop.add_signal_handler(signal.SIGTERM, terminate)
+    loop.add_signal_handler(signal.SIGINT, stop)
     try:
         await service
     except asyncio.CancelledError:

@@ -40,12 +40,23 @@ async def serve(options, on_ready):
     if options.how == "stubborn":
         asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if options.how == "patient":
+        on_ready({"address": "127.0.0.1:1", "pid": os.getpid()})
+        await asked.wait()
+        print("asked to end", flush=True)
+        await asyncio.Event().wait()
     if options.how == "parent":
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     on_ready({"address": "127.0.0.1:1", "pid": os.getpid()})
     await asyncio.Event().wait()
 
-sys.exit(run_service("worker", Options, serve))
+asked = asyncio.Event()
+
+def on_terminate():
+    asked.set()
+    return "patient" in sys.argv
+
+sys.exit(run_service("worker", Options, serve, on_terminate=on_terminate))
 """
 
 
@@ -58,7 +69,7 @@ class Lines(list[str]):
 async def started(how: str, lines: Lines | None = None) -> AsyncIterator[Child]:
     command = [sys.executable, "-c", SERVICE, "--how", how]
     child = await Child.start("worker", "worker-0", command, os.environ)
-    pump = asyncio.create_task(child.pump(lines or Lines(), None))
+    pump = asyncio.create_task(child.pump(Lines() if lines is None else lines, None))
     try:
         yield child
     finally:
@@ -86,6 +97,19 @@ async def test_a_child_that_was_killed_is_told_with_its_last_words() -> None:
         with pytest.raises(PeerLost, match="SIGKILL") as caught:
             await asyncio.wait_for(child.wait_ready(), TIMEOUT_S)
         assert "last words" in str(caught.value)
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+async def test_a_patient_child_is_asked_first_and_then_ended(second: signal.Signals) -> None:
+    lines = Lines()
+    async with started("patient", lines) as child:
+        await asyncio.wait_for(child.wait_ready(), TIMEOUT_S)
+        child.signal(signal.SIGTERM)
+        await asyncio.to_thread(wait_until, lambda: "asked to end" in lines, TIMEOUT_S, "a word")
+        assert child.alive
+        child.signal(second)
+        await asyncio.wait_for(child.wait_ended(), TIMEOUT_S)
+        assert child.ended_well
 
 
 async def test_what_a_child_left_behind_ends_with_it() -> None:
