@@ -63,6 +63,7 @@ class Supervisor:
         with contextlib.suppress(OSError):
             while self._link.recv(4096):
                 pass
-        os.kill(os.getpid(), signal.SIGTERM)
+        # Not SIGTERM, after which a worker would look for a successor first.
+        os.kill(os.getpid(), signal.SIGINT)
         time.sleep(ORPHAN_GRACE_S)
         os._exit(1)
