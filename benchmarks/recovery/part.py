@@ -95,6 +95,10 @@ class Part:
     def thaw(self) -> None:
         self.signal(signal.SIGCONT)
 
+    def terminate(self) -> None:
+        """SIGTERM: a worker hands its span over first."""
+        self.signal(signal.SIGTERM)
+
     def kill(self) -> None:
         """SIGKILL, and gone when this returns; harmless to one that is gone."""
         if self.process is not None:
