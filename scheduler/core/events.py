@@ -18,11 +18,19 @@ class EndReason(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Admission:
+    """Of a request that runs: how much of its prompt was cached, and how long it waited."""
+
+    cached_prompt_tokens: int
+    queue_ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class Tokens:
     """`tokens` stand at [index, index + len(tokens)) of the output.
 
     `prompt_logprobs` comes with the first tokens of a request that asked for it: one entry per
-    prompt token but the first.
+    prompt token but the first. `admission` comes with the first tokens of an attempt.
     """
 
     key: RequestKey
@@ -30,6 +38,7 @@ class Tokens:
     index: int
     tokens: tuple[SampledToken, ...]
     prompt_logprobs: tuple[SampledToken, ...] = ()
+    admission: Admission | None = None
 
 
 @dataclass(frozen=True, slots=True)

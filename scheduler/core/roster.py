@@ -7,7 +7,7 @@ from itertools import count
 
 from scheduler.core.counters import Counters
 from scheduler.core.deadlines import Deadlines
-from scheduler.core.events import EndReason, Finished, Tokens
+from scheduler.core.events import Admission, EndReason, Finished, Tokens
 from scheduler.core.queue import WaitingQueue
 from scheduler.core.request import Request, RequestKey
 from scheduler.core.sequence import Sequence
@@ -66,8 +66,11 @@ class Roster:
         index = sequence.num_output_tokens
         is_first = index == len(request.output_token_ids)
         prompt_logprobs = tuple(sequence.prompt_logprobs) if is_first else ()
+        admission = _admission(sequence) if is_first else None
         sequence.tokens.append(token.token_id)
-        self._events.append(Tokens(request.key, request.attempt, index, (token,), prompt_logprobs))
+        self._events.append(
+            Tokens(request.key, request.attempt, index, (token,), prompt_logprobs, admission)
+        )
 
     def end(
         self,
@@ -121,3 +124,8 @@ class Roster:
         self._ended_attempts.move_to_end(sequence.key)
         if len(self._ended_attempts) > _MAX_ENDED_REMEMBERED:
             self._ended_attempts.popitem(last=False)
+
+
+def _admission(sequence: Sequence) -> Admission:
+    queue_ns = (sequence.admitted_ns or sequence.submitted_ns) - sequence.submitted_ns
+    return Admission(sequence.num_cached_prompt_tokens, queue_ns)
