@@ -52,6 +52,7 @@ def registration_from_proto(
         batch_invariant=message.batch_invariant,
         pid=message.pid,
         scheduler_address=scheduler_address,
+        available_memory_bytes=message.available_memory_bytes,
     )
 
 

@@ -99,17 +99,17 @@ class Driver:
 
     def stream_opened(self, pipeline_id: str, epoch: Epoch) -> None:
         with self.acting():
-            self.membership.stream_opened(pipeline_id, epoch)
+            self.membership.epochs.stream_opened(pipeline_id, epoch)
 
     def stream_broken(self, pipeline_id: str, epoch: Epoch, error: StageMeshError) -> None:
         with self.acting() as now_ns:
-            self.membership.stream_broken(pipeline_id, epoch, error, now_ns)
+            self.membership.epochs.stream_broken(pipeline_id, epoch, error, now_ns)
 
     def result_came(self, result: StepResult) -> None:
         """The sender hears of a ProtocolError, and its stream breaks, which ends the epoch."""
         with self.acting() as now_ns:
             self.core.on_result(result, now_ns)
-            self.membership.step_done(result.pipeline_id)
+            self.membership.epochs.step_done(result.pipeline_id)
 
     # ---- turns ---------------------------------------------------------------------------------
 
@@ -121,7 +121,7 @@ class Driver:
             self._apply(effect, peers, links, now_ns)
         self._note_what_is_rebuilt(now_ns)
         for step in self.core.schedule(now_ns):
-            self.membership.step_sent(step.pipeline_id)
+            self.membership.epochs.step_sent(step.pipeline_id)
             await links.send(step)
         for event in self.core.take_events():
             peers.deliver(event)
@@ -152,7 +152,7 @@ class Driver:
                 self.core.remove_pipeline(pipeline_id, now_ns)
 
     def _note_what_is_rebuilt(self, now_ns: int) -> None:
-        rebuilding = self.membership.rebuilding
+        rebuilding = self.membership.epochs.rebuilding
         if not rebuilding:
             return
         stats = {each.pipeline_id: each for each in self.core.stats(now_ns).pipelines}

@@ -1,7 +1,6 @@
-"""Makes pipelines of workers: who holds which layers, who takes the place of one that was lost.
+"""Makes pipelines of workers: how the layers are cut, when, and when they are cut anew.
 
-A place goes to a worker that holds its layers already, then to one that is meant for them, then to
-one that must load them. Workers that no pipeline needs stay spares. Sans-IO.
+Workers that no pipeline needs stay spares. Who takes which place is told by places.py. Sans-IO.
 """
 
 from __future__ import annotations
@@ -9,12 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from itertools import count
 
-from scheduler.messages import Effect, LoadSpan, ToWorker
+import structlog
+
+from scheduler.limits import MembershipLimits
+from scheduler.messages import Effect
+from scheduler.patience import Patience
 from scheduler.pipelines import MeshPipeline
 from scheduler.placement import StageCosts, partition, plan_stages
-from scheduler.workers import Worker
-from stagemesh.errors import ModelMismatch, PeerLost
+from scheduler.places import Places
+from scheduler.takeover import recut
+from scheduler.workers import Suits, Worker
+from stagemesh.errors import PeerLost
 from stagemesh.plan import ModelSummary, Span
+
+log = structlog.get_logger()
 
 # A worker that comes with layers loaded is what is left of a mesh: its neighbours will come too.
 _RETURN_NS = 15_000_000_000
@@ -23,54 +30,53 @@ _RETURN_NS = 15_000_000_000
 class Formation:
     """The pipelines of the mesh.
 
-    `num_stages` 0: as many as workers come within `settle_ns`. `num_replicas` bounds the pipelines;
-    0: as many as can be made.
+    `num_stages` 0: as many as workers come within `settle_ns`. `num_replicas` bounds them; 0: as
+    many as can be made.
     """
 
-    def __init__(
-        self,
-        num_stages: int,
-        num_replicas: int,
-        settle_ns: int,
-        term: int,
-        emit: Callable[[Effect], None],
-    ) -> None:
+    def __init__(self, limits: MembershipLimits, term: int, emit: Callable[[Effect], None]) -> None:
         self.pipelines: list[MeshPipeline] = []
-        self._num_stages = num_stages
-        self._num_replicas = num_replicas
-        self._settle_ns = settle_ns
+        self._num_stages = limits.num_stages
+        self._num_replicas = limits.num_replicas
+        self._settle_ns = limits.settle_ns
+        self._takeover_after_ns = limits.takeover_after_ns
         self._term = term
         self._emit = emit
+        self.places = Places(emit, self.forget_kv)
         self._numbers = count()
         self._settled_ns = 0
         self._updated_ns = 0
+
+    def pipeline(self, pipeline_id: str) -> MeshPipeline | None:
+        return next((p for p in self.pipelines if p.pipeline_id == pipeline_id), None)
 
     def worker_registered(self, worker: Worker, now_ns: int) -> None:
         """Before `update`: a new worker may change the cut of what does not serve yet."""
         wait_ns = self._settle_ns if worker.loaded is None else max(self._settle_ns, _RETURN_NS)
         self._settled_ns = max(self._settled_ns, now_ns + wait_ns)
         for pipeline in list(self.pipelines):
-            if not pipeline.has_served and self._is_better_cut_anew(pipeline, worker):
+            if not pipeline.is_established and self._is_better_cut_anew(pipeline, worker):
                 self._dissolve(pipeline, now_ns)
 
     def update(self, workers: Collection[Worker], model: ModelSummary, now_ns: int) -> None:
         """Fills places, forms what can be formed, and has spans loaded that are not."""
         self._updated_ns = now_ns
         self._drop_what_is_worthless()
-        for pipeline in self.pipelines:
+        for pipeline in list(self.pipelines):
             self._fill(pipeline, workers, now_ns)
+            if pipeline.is_out_of_patience(now_ns):
+                self._cut_anew(pipeline, workers, StageCosts.of(model), now_ns)
         while spans := self._plan(workers, model, now_ns):
-            pipeline = MeshPipeline(f"p{next(self._numbers)}", spans, self._term, self._emit)
-            self.pipelines.append(pipeline)
-            self._fill(pipeline, workers, now_ns)
-        for pipeline in self.pipelines:
-            self._load_spans(pipeline)
+            self._fill(self._new_pipeline(spans), workers, now_ns)
+        self.places.load(self.pipelines, workers)
 
     def wakeup_ns(self, workers: Collection[Worker]) -> int | None:
         """When `update` may form a pipeline, if nothing else happens."""
         waits = not self.pipelines and any(worker.is_free for worker in workers)
         is_to_come = self._settled_ns > self._updated_ns and not self._num_stages
-        return self._settled_ns if waits and is_to_come else None
+        times = [self._settled_ns if waits and is_to_come else None]
+        times += [each.patience.wakeup_ns() for each in self.pipelines if each.is_established]
+        return min((at for at in times if at is not None), default=None)
 
     def epoch_began(self, pipeline: MeshPipeline) -> None:
         """Whoever joins gives up the KV that it has of another pipeline."""
@@ -121,7 +127,7 @@ class Formation:
 
     def _is_better_cut_anew(self, pipeline: MeshPipeline, worker: Worker) -> bool:
         vacant = [pipeline.spans[stage] for stage in pipeline.vacancies]
-        if any(worker.suits(span) in (0, 1) for span in vacant):
+        if any((suits := worker.suits(s)) is not None and suits <= Suits.IS_FIXED for s in vacant):
             return False
         if self._num_stages:
             return worker.registration.fixed_span is not None and bool(vacant)
@@ -129,49 +135,38 @@ class Formation:
         is_complete_and_only = not vacant and len(self.pipelines) == 1
         return is_complete_and_only and not is_all_fixed and worker.loaded is None
 
+    def _fill(self, pipeline: MeshPipeline, workers: Collection[Worker], now_ns: int) -> None:
+        later = self.pipelines[self.pipelines.index(pipeline) + 1 :]
+        self.places.fill(pipeline, later, workers, now_ns)
+
+    def _cut_anew(
+        self, pipeline: MeshPipeline, workers: Collection[Worker], costs: StageCosts, now_ns: int
+    ) -> None:
+        """Nobody comes for a vacant place: whoever is left takes its layers."""
+        assigned = recut(pipeline, workers, costs)
+        if assigned is None:
+            pipeline.patience.was_in_vain()
+            return
+        names = [f"{worker.worker_id} {span.start}:{span.end}" for worker, span in assigned]
+        log.warning("the layers are cut anew", instead_of=pipeline.pipeline_id, workers=names)
+        self._dissolve(pipeline, now_ns)
+        successor = self._new_pipeline([span for _, span in assigned])
+        successor.succeed(pipeline)
+        for stage, (worker, _) in enumerate(assigned):
+            successor.place(stage, worker)
+
+    def _new_pipeline(self, spans: Sequence[Span]) -> MeshPipeline:
+        name = f"p{next(self._numbers)}"
+        patience = Patience(self._takeover_after_ns)
+        pipeline = MeshPipeline(name, spans, self._term, self._emit, patience)
+        self.pipelines.append(pipeline)
+        return pipeline
+
     def _dissolve(self, pipeline: MeshPipeline, now_ns: int) -> None:
         for worker in pipeline.members:
             pipeline.vacate(worker, PeerLost("the layers are cut anew"), now_ns)
         pipeline.drop_kv()
         self.pipelines.remove(pipeline)
-
-    # ---- places --------------------------------------------------------------------------------
-
-    def _fill(self, pipeline: MeshPipeline, workers: Collection[Worker], now_ns: int) -> None:
-        for stage in pipeline.vacancies:  # first, so that nobody who holds one stage loads another
-            if worker := _best_free(workers, pipeline.spans[stage], worst_rank=1):
-                pipeline.place(stage, worker)
-        for stage in pipeline.vacancies:
-            span = pipeline.spans[stage]
-            worker = _best_free(workers, span) or self._best_elsewhere(pipeline, span)
-            if worker is None:
-                continue
-            if worker.pipeline is not None:
-                worker.pipeline.vacate(worker, PeerLost("a worker went elsewhere"), now_ns)
-            pipeline.place(stage, worker)
-
-    def _best_elsewhere(self, pipeline: MeshPipeline, span: Span) -> Worker | None:
-        """One that holds the span in a later pipeline, which lacks somebody anyway."""
-        later = self.pipelines[self.pipelines.index(pipeline) + 1 :]
-        holders = (
-            worker
-            for other in later
-            if other.vacancies
-            for worker in other.members
-            if worker.session is not None and worker.holds(span)
-        )
-        return next(holders, None)
-
-    def _load_spans(self, pipeline: MeshPipeline) -> None:
-        for span, worker in zip(pipeline.spans, pipeline.workers, strict=True):
-            is_wanting = worker is not None and worker.loading is None and not worker.holds(span)
-            if worker is not None and worker.session is not None and is_wanting:
-                self._load(worker, worker.session, span)
-
-    def _load(self, worker: Worker, session: int, span: Span) -> None:
-        self.forget_kv(worker)
-        worker.loaded, worker.loading, worker.load_fraction = None, span, 0.0
-        self._emit(ToWorker(session, LoadSpan(span)))
 
 
 def _span_that_it_keeps(worker: Worker) -> Span | None:
@@ -179,31 +174,3 @@ def _span_that_it_keeps(worker: Worker) -> Span | None:
     if worker.registration.fixed_span is not None:
         return worker.registration.fixed_span
     return worker.loaded.span if worker.loaded else None
-
-
-def _best_free(workers: Collection[Worker], span: Span, worst_rank: int = 2) -> Worker | None:
-    """By the rank that `Worker.suits` gives."""
-    suiting = [
-        (rank, worker.conduct.num_failures, worker.number, worker)
-        for worker in workers
-        if worker.is_free and (rank := worker.suits(span)) is not None and rank <= worst_rank
-    ]
-    return min(suiting)[-1] if suiting else None
-
-
-def other_block_sizes(pipeline: MeshPipeline) -> list[tuple[Worker, ModelMismatch]]:
-    """Members that cannot stay: blocks mean the same on every stage, and whoever came first says
-    how large they are."""
-    loaded = sorted((w for w in pipeline.members if w.loaded), key=lambda worker: worker.number)
-    sizes = [worker.loaded.block_size_tokens if worker.loaded else 0 for worker in loaded]
-    return [
-        (
-            worker,
-            ModelMismatch(
-                f"worker {worker.worker_id} has KV blocks of {size} tokens, worker "
-                f"{loaded[0].worker_id} of {sizes[0]}"
-            ),
-        )
-        for worker, size in zip(loaded, sizes, strict=True)
-        if size != sizes[0]
-    ]

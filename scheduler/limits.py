@@ -19,4 +19,5 @@ class MembershipLimits:
     lease_ns: int = 2_000_000_000
     reconnect_grace_ns: int = 250_000_000
     join_timeout_ns: int = 30_000_000_000
+    takeover_after_ns: int = 10_000_000_000
     max_model_len: int | None = None

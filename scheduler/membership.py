@@ -7,13 +7,13 @@ batch of calls and at `wakeup_ns`. Knows no requests and no tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import count
 
 import structlog
 
 from scheduler.agreement import MeshModel
-from scheduler.formation import Formation, other_block_sizes
+from scheduler.epochs import Epochs
+from scheduler.formation import Formation
 from scheduler.limits import MembershipLimits
 from scheduler.messages import Effect, EndSession, LoadedSpan, Registration
 from scheduler.pipelines import MeshPipeline
@@ -21,13 +21,12 @@ from scheduler.placement import check_num_stages, check_span
 from scheduler.roster import Roster
 from scheduler.workers import Worker, WorkerStats
 from stagemesh.errors import (
+    OutOfMemory,
     PeerLost,
     ProtocolError,
     StageMeshError,
 )
-from stagemesh.plan import Epoch, Span
-
-_REPORT_FAILURES = 3
+from stagemesh.plan import Span
 
 log = structlog.get_logger()
 
@@ -40,10 +39,9 @@ class Membership:
         self.term = term
         self._limits = limits
         self._effects: list[Effect] = []
-        self._formation = Formation(
-            limits.num_stages, limits.num_replicas, limits.settle_ns, term, self._effects.append
-        )
+        self._formation = Formation(limits, term, self._effects.append)
         self._roster = Roster(limits.lease_ns, limits.reconnect_grace_ns)
+        self.epochs = Epochs(limits, self.model, self._roster, self._formation)
         self._numbers = count(1)
 
     # ---- what others ask -----------------------------------------------------------------------
@@ -65,8 +63,7 @@ class Membership:
         return min(summary.max_position, self._limits.max_model_len or summary.max_position)
 
     def pipeline(self, pipeline_id: str) -> MeshPipeline | None:
-        found = (p for p in self._formation.pipelines if p.pipeline_id == pipeline_id)
-        return next(found, None)
+        return self._formation.pipeline(pipeline_id)
 
     def take_effects(self) -> list[Effect]:
         """What is to be done, in order."""
@@ -142,68 +139,18 @@ class Membership:
         log.info("layers are loaded", worker=worker.worker_id, span=_text(loaded.span))
 
     def failed(self, session: int, error: StageMeshError, now_ns: int) -> None:
-        """The worker cannot do what it was told; it is not asked again."""
+        """The worker cannot do what it was told; it is not asked for it again."""
         worker = self._roster.on(session)
         if worker is None:
             return
-        worker.loading, worker.error = None, error
+        span, worker.loading = worker.loading, None
+        if isinstance(error, OutOfMemory) and span is not None:
+            worker.too_large = span  # of fewer layers it may be capable
+        else:
+            worker.error = error
         log.error("a worker failed", worker=worker.worker_id, code=error.code, reason=str(error))
         if worker.pipeline is not None:
             worker.pipeline.vacate(worker, error, now_ns)
-
-    # ---- epochs --------------------------------------------------------------------------------
-
-    def epoch_joined(self, session: int, pipeline_id: str, epoch: Epoch) -> None:
-        """Whether that was all comes out at the next `tick`."""
-        worker = self._roster.on(session)
-        pipeline = self._current(pipeline_id, epoch)
-        if worker is not None and pipeline is not None and worker.pipeline is pipeline:
-            pipeline.worker_joined(worker)
-
-    def epoch_broken(
-        self,
-        session: int,
-        pipeline_id: str,
-        epoch: Epoch,
-        error: StageMeshError,
-        peer_address: str,
-        now_ns: int,
-    ) -> None:
-        """A worker saw the epoch end, through the neighbour at `peer_address` or by itself."""
-        worker = self._roster.on(session)
-        pipeline = self._current(pipeline_id, epoch)
-        if worker is None or pipeline is None or worker.pipeline is not pipeline:
-            return
-        # Where the peer is the scheduler itself, nobody is blamed.
-        blamed = peer_address or worker.registration.address
-        culprits = [m for m in pipeline.members if m.registration.address == blamed]
-        self._end_epoch(pipeline, culprits, error, now_ns)
-
-    def stream_opened(self, pipeline_id: str, epoch: Epoch) -> None:
-        """The scheduler's own stream to the first stage."""
-        if pipeline := self._current(pipeline_id, epoch):
-            pipeline.stream_opened()
-
-    def stream_broken(
-        self, pipeline_id: str, epoch: Epoch, error: StageMeshError, now_ns: int
-    ) -> None:
-        """A stream between the scheduler and a stage, of steps or of results."""
-        if pipeline := self._current(pipeline_id, epoch):
-            self._end_epoch(pipeline, [], error, now_ns)
-
-    def step_sent(self, pipeline_id: str) -> None:
-        if pipeline := self.pipeline(pipeline_id):
-            pipeline.step_sent()
-
-    def step_done(self, pipeline_id: str) -> None:
-        if pipeline := self.pipeline(pipeline_id):
-            pipeline.step_done()
-
-    @property
-    def rebuilding(self) -> list[MeshPipeline]:
-        """Pipelines of which it is to be said when nothing is lacking any more."""
-        pipelines = self._formation.pipelines
-        return [each for each in pipelines if each.mending and each.mending.is_rebuilding]
 
     # ---- time ----------------------------------------------------------------------------------
 
@@ -214,17 +161,11 @@ class Membership:
             lost = PeerLost(f"worker {worker.worker_id} {how}")
             log.warning("a worker is lost", worker=worker.worker_id, reason=str(lost))
             self._remove(worker, lost, now_ns)
-        for pipeline in self._formation.pipelines:
-            if pipeline.has_joined:
-                self._serve(pipeline, now_ns)
-            self._end_late_join(pipeline, now_ns)
+        self.epochs.settle(now_ns, self.max_model_len)
         if self.model.summary is not None:
             self._formation.update(self.workers, self.model.summary, now_ns)
-        for pipeline in self._formation.pipelines:
-            for worker, error in other_block_sizes(pipeline):
-                self._remove(worker, error, now_ns, refusal=error)
-            if pipeline.advance(now_ns, self._limits.join_timeout_ns):
-                self._formation.epoch_began(pipeline)
+        for worker, error in self.epochs.begin(now_ns):
+            self._remove(worker, error, now_ns, refusal=error)
 
     # ---- inside --------------------------------------------------------------------------------
 
@@ -262,46 +203,6 @@ class Membership:
             self._effects.append(EndSession(session, refusal))
         if not self._roster.workers:
             self.model.all_workers_left()
-
-    def _current(self, pipeline_id: str, epoch: Epoch) -> MeshPipeline | None:
-        """The pipeline, if `epoch` is the one that it joins or serves; else the word is late."""
-        pipeline = self.pipeline(pipeline_id)
-        return pipeline if pipeline is not None and pipeline.is_current(epoch) else None
-
-    def _serve(self, pipeline: MeshPipeline, now_ns: int) -> None:
-        self.model.pin()
-        pipeline.serve(pipeline.facts(self.model, self.max_model_len), now_ns)
-        log.info("a pipeline serves", pipeline=pipeline.pipeline_id, n=pipeline.epoch.n)
-
-    def _end_late_join(self, pipeline: MeshPipeline, now_ns: int) -> None:
-        if not pipeline.is_late(now_ns):
-            return
-        late = pipeline.late_members(now_ns)
-        names = ", ".join(worker.worker_id for worker in late) or "the first stage's stream"
-        error = PeerLost(f"{names} did not join in time")
-        self._end_epoch(pipeline, late, error, now_ns)
-
-    def _end_epoch(
-        self,
-        pipeline: MeshPipeline,
-        culprits: Sequence[Worker],
-        error: StageMeshError,
-        now_ns: int,
-    ) -> None:
-        """Through the culprits, where they are known. One that goes on failing is an error."""
-        for worker in culprits:
-            worker.conduct.num_failures += 1
-        most = max((worker.conduct.num_failures for worker in culprits), default=0)
-        (log.error if most >= _REPORT_FAILURES else log.warning)(
-            "an epoch ended",
-            pipeline=pipeline.pipeline_id,
-            n=pipeline.epoch.n,
-            through=[worker.worker_id for worker in culprits],
-            times_in_a_row=most,
-            code=error.code,
-            reason=str(error),
-        )
-        pipeline.end_epoch(error, now_ns)
 
 
 def _text(span: Span) -> str:

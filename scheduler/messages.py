@@ -44,6 +44,8 @@ class Registration:
     batch_invariant: bool = False
     pid: int = 0
     scheduler_address: str = ""
+    # Beside what it holds; 0 where it does not say.
+    available_memory_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,12 @@ class SchedulerOptions:
         kind=Kind.DURATION,
         minimum=0.1,
     )
+    takeover_after_s: float = option(
+        10.0,
+        help="how long a lost worker's place waits for somebody before the others take its layers",
+        kind=Kind.DURATION,
+        minimum=0.0,
+    )
     max_waiting: int = option(
         1024, help="requests that may wait; more are refused at once", minimum=1
     )
@@ -110,5 +116,6 @@ class SchedulerOptions:
             lease_ns=round(self.lease_s * 1e9),
             reconnect_grace_ns=round(self.reconnect_grace_s * 1e9),
             join_timeout_ns=round(self.join_timeout_s * 1e9),
+            takeover_after_ns=round(self.takeover_after_s * 1e9),
             max_model_len=self.max_model_len,
         )

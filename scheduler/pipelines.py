@@ -31,6 +31,7 @@ from scheduler.messages import (
     SuspendPipeline,
     ToWorker,
 )
+from scheduler.patience import Patience
 from scheduler.trials import Trials
 from scheduler.workers import Worker
 from stagemesh.errors import InternalError, StageMeshError
@@ -47,7 +48,12 @@ class Phase(Enum):
 
 class MeshPipeline:
     def __init__(
-        self, pipeline_id: str, spans: Sequence[Span], term: int, emit: Callable[[Effect], None]
+        self,
+        pipeline_id: str,
+        spans: Sequence[Span],
+        term: int,
+        emit: Callable[[Effect], None],
+        patience: Patience,
     ) -> None:
         self.pipeline_id = pipeline_id
         self.spans = tuple(spans)
@@ -58,9 +64,11 @@ class MeshPipeline:
         self.num_tokens_served = 0
         self.last_error: StageMeshError | None = None
         self.mending: Mending | None = None
+        self.patience = patience
         self.trials = Trials()
         self.holders = KvHolders(len(spans))
         self._emit = emit
+        self._is_successor = False
         # Stages that joined this epoch, and whether they have their KV.
         self._joined: dict[int, bool] = {}
         self._is_stream_open = False
@@ -77,6 +85,11 @@ class MeshPipeline:
     @property
     def has_served(self) -> bool:
         return self.num_tokens_served > 0
+
+    @property
+    def is_established(self) -> bool:
+        """Whether its cut stays though others come: it served, or goes on for one that did."""
+        return self.has_served or self._is_successor
 
     @property
     def num_stages(self) -> int:
@@ -132,6 +145,11 @@ class MeshPipeline:
         load = self.members[0].loaded if self.members else None
         return load.block_size_tokens if load else 0
 
+    def is_out_of_patience(self, now_ns: int) -> bool:
+        """Whether it is to be cut anew, since nobody comes for a place of it."""
+        is_lacking = self.is_established and bool(self.vacancies)
+        return self.patience.look(now_ns, is_lacking=is_lacking, is_whole=self.is_complete)
+
     def wakeup_ns(self) -> int | None:
         """When `advance` has something to do, if nothing else happens."""
         if self.phase is Phase.JOINING:
@@ -139,6 +157,13 @@ class MeshPipeline:
         return self._retry_ns if self.phase is Phase.IDLE and self.is_complete else None
 
     # ---- members -------------------------------------------------------------------------------
+
+    def succeed(self, broken: MeshPipeline) -> None:
+        """Mends what was broken by another cut of the layers."""
+        self._is_successor = True
+        if broken.mending is not None:
+            reason = f"{broken.mending.reason}; the layers were cut anew"
+            self.mending = Mending(reason, broken.mending.began_ns)
 
     def place(self, stage: int, worker: Worker) -> None:
         assert self.workers[stage] is None

@@ -112,14 +112,14 @@ class WorkerSessions:
                 self._take_epoch_word(session, message, now_ns)
 
     def _take_epoch_word(self, session: int, message: mesh_pb2.WorkerMessage, now_ns: int) -> None:
-        members = self._driver.membership
+        epochs = self._driver.membership.epochs
         if message.WhichOneof("message") == "epoch_joined":
             joined = message.epoch_joined
             epoch = wire.epoch_from_proto(joined.epoch)
-            members.epoch_joined(session, joined.pipeline_id, epoch)
+            epochs.joined(session, joined.pipeline_id, epoch)
             return
         broken = message.epoch_broken
-        members.epoch_broken(
+        epochs.broken(
             session,
             broken.pipeline_id,
             wire.epoch_from_proto(broken.epoch),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, IntEnum
 from typing import TYPE_CHECKING
 
 from scheduler.messages import LoadedSpan, Registration
@@ -19,6 +19,15 @@ class WorkerPhase(Enum):
     LOADING = "loading"
     READY = "ready"
     SERVING = "serving"
+
+
+class Suits(IntEnum):
+    """How soon a worker could serve a span: the lower, the sooner."""
+
+    HOLDS = 0
+    LOADS = 1
+    IS_FIXED = 2
+    MAY_LOAD = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +74,11 @@ class Worker:
     pipeline: MeshPipeline | None = None
     # Why it cannot be used; it stays a member that does nothing.
     error: StageMeshError | None = None
+    # Layers that did not fit its memory; no more are given to it.
+    too_large: Span | None = None
+    # Kept for the place of a worker that is drained.
+    is_reserved: bool = False
+    is_draining: bool = False
     # Since when its stream is broken.
     away_ns: int | None = None
     stats: WorkerStats = field(default_factory=WorkerStats)
@@ -75,7 +89,12 @@ class Worker:
 
     @property
     def is_free(self) -> bool:
-        return self.session is not None and self.pipeline is None and self.error is None
+        """Whether it may be given a place."""
+        is_taken = self.pipeline is not None or self.is_reserved or self.is_draining
+        return self.session is not None and self.error is None and not is_taken
+
+    def is_aside(self, now_ns: int) -> bool:
+        return now_ns < self.conduct.aside_until_ns
 
     @property
     def phase(self) -> WorkerPhase:
@@ -89,10 +108,15 @@ class Worker:
     def holds(self, span: Span) -> bool:
         return self.loaded is not None and self.loaded.span == span
 
-    def suits(self, span: Span) -> int | None:
-        """How soon it could serve `span`: 0 holds it, 1 meant for it, 2 may load it; None: no."""
+    def suits(self, span: Span) -> Suits | None:
+        """None: not at all."""
         if self.registration.fixed_span not in (None, span):
             return None
         if self.holds(span):
-            return 0
-        return 1 if self.registration.fixed_span == span else 2
+            return Suits.HOLDS
+        if self.too_large is not None and span.num_layers >= self.too_large.num_layers:
+            return None
+        if self.loading == span:
+            return Suits.LOADS
+        is_fixed = self.registration.fixed_span == span
+        return Suits.IS_FIXED if is_fixed else Suits.MAY_LOAD

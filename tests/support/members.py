@@ -76,8 +76,17 @@ class FakeWorker:
     kv: int | None = None
 
     @property
+    def loads_told(self) -> list[tuple[int, int]]:
+        told = [command.span for command in self.commands if isinstance(command, LoadSpan)]
+        return [(span.start, span.end) for span in told]
+
+    @property
+    def joins_told(self) -> list[JoinEpoch]:
+        return [command for command in self.commands if isinstance(command, JoinEpoch)]
+
+    @property
     def last_join(self) -> JoinEpoch:
-        return [command for command in self.commands if isinstance(command, JoinEpoch)][-1]
+        return self.joins_told[-1]
 
 
 class FakeMesh:
@@ -139,6 +148,11 @@ class FakeMesh:
         old.session = session
         return old
 
+    def kill(self, worker_id: str) -> None:
+        """The process is gone for good."""
+        self.disconnect(worker_id)
+        del self.workers[worker_id]
+
     def disconnect(self, worker_id: str) -> None:
         self.members.disconnected(self.workers[worker_id].session, self.now_ns)
 
@@ -176,7 +190,7 @@ class FakeMesh:
                 assert (pipeline_id, epoch) not in self._open
                 self._open.add((pipeline_id, epoch))
                 if self.streams_open:
-                    self.members.stream_opened(pipeline_id, epoch)
+                    self.members.epochs.stream_opened(pipeline_id, epoch)
             case CloseStream(pipeline_id, epoch):
                 self._open.remove((pipeline_id, epoch))
             case AddPipeline(facts):
@@ -218,20 +232,31 @@ class FakeMesh:
         else:
             worker.kv = None
         if worker.joins:
-            self.members.epoch_joined(worker.session, join.pipeline_id, join.epoch)
+            self.members.epochs.joined(worker.session, join.pipeline_id, join.epoch)
 
     def _settle_kv(self, facts: PipelineFacts, lost_stages: Iterable[int]) -> None:
         """Who joined has what is computed from now on, and what was unless its stage is lost."""
-        pipeline = self.members.pipeline(facts.pipeline_id)
-        assert pipeline is not None
-        for stage, member in enumerate(pipeline.members):
-            worker = self.workers[member.worker_id]
+        joins = [
+            (worker.last_join, worker) for worker in self.workers.values() if worker.joins_told
+        ]
+        joined = {
+            join.stage: worker
+            for join, worker in joins
+            if (join.pipeline_id, join.epoch) == (facts.pipeline_id, facts.epoch)
+        }
+        for stage, worker in joined.items():
             if stage in lost_stages:
                 worker.kv = self._kv[facts.pipeline_id][stage] = next(self._kv_serials)
             assert worker.kv == self._kv[facts.pipeline_id][stage], "a stage without its KV"
 
     def finish_load(self, worker: FakeWorker, span: Span) -> None:
-        worker.loaded = LoadedSpan(span, worker.num_blocks, worker.block_size_tokens)
+        worker.loaded = LoadedSpan(
+            span,
+            worker.num_blocks,
+            worker.block_size_tokens,
+            weight_bytes=100 * span.num_layers,
+            kv_block_bytes=span.num_layers,
+        )
         self.members.span_loaded(worker.session, worker.loaded)
 
     # ---- what came of it -----------------------------------------------------------------------

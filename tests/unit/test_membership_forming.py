@@ -82,7 +82,7 @@ def test_the_number_of_replicas_bounds_the_pipelines() -> None:
         mesh.register(worker_id)
     mesh.run()
     assert mesh.serving == ["p0", "p1"]
-    assert mesh.workers["c"].commands == []
+    assert mesh.workers["c"].commands == [LoadSpan(Span(0, 6))], "a spare, ready to take over"
 
 
 def test_a_worker_that_comes_while_the_first_pipeline_still_loads_is_counted_in() -> None:
@@ -97,7 +97,7 @@ def test_a_worker_that_comes_while_the_first_pipeline_still_loads_is_counted_in(
     slow.loads = True
     mesh.finish_load(slow, Span(0, 6))
     mesh.run()
-    assert slow.commands[1] == LoadSpan(Span(0, 3))
+    assert slow.commands[1] == LoadSpan(Span(3, 6))
     assert mesh.serving
 
 

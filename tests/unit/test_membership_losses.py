@@ -40,7 +40,7 @@ def test_a_worker_that_does_not_come_back_at_once_loses_its_place() -> None:
 def test_a_step_that_kills_its_workers_is_given_up() -> None:
     mesh = two_stages()
     for incarnation in range(2, 8):
-        mesh.members.step_sent("p0")
+        mesh.members.epochs.step_sent("p0")
         mesh.register("b", incarnation=incarnation)
         mesh.run()
         assert mesh.serving == ["p0"]
@@ -154,12 +154,12 @@ def test_a_word_about_an_epoch_that_is_over_is_ignored() -> None:
     mesh.workers["a"].joins = False
     mesh.wait(S // 2)
     session = mesh.workers["a"].session
-    mesh.members.epoch_joined(session, "p0", Epoch(TERM, 1))
-    mesh.members.stream_broken("p0", Epoch(TERM, 1), PeerLost("late"), mesh.now_ns)
-    mesh.members.epoch_broken(session, "p0", Epoch(TERM, 1), PeerLost("late"), "", mesh.now_ns)
+    mesh.members.epochs.joined(session, "p0", Epoch(TERM, 1))
+    mesh.members.epochs.stream_broken("p0", Epoch(TERM, 1), PeerLost("late"), mesh.now_ns)
+    mesh.members.epochs.broken(session, "p0", Epoch(TERM, 1), PeerLost("late"), "", mesh.now_ns)
     mesh.run()
     assert not mesh.serving
-    mesh.members.epoch_joined(session, "p0", Epoch(TERM, 2))
+    mesh.members.epochs.joined(session, "p0", Epoch(TERM, 2))
     mesh.run()
     assert mesh.serving == ["p0"]
 
@@ -186,10 +186,10 @@ def test_the_schedulers_own_stream_is_part_of_the_epoch() -> None:
     mesh.run()
     assert not mesh.serving
     epoch = mesh.members.pipelines[0].epoch
-    mesh.members.stream_opened("p0", epoch)
+    mesh.members.epochs.stream_opened("p0", epoch)
     mesh.run()
     assert mesh.serving == ["p0"]
-    mesh.members.stream_broken("p0", epoch, PeerLost("cut"), mesh.now_ns)
+    mesh.members.epochs.stream_broken("p0", epoch, PeerLost("cut"), mesh.now_ns)
     mesh.streams_open = True
     mesh.wait(S)
     assert mesh.serving == ["p0"]
@@ -203,8 +203,8 @@ def test_a_failing_step_is_tried_again_with_growing_pauses_and_at_last_without_k
         pipeline = mesh.members.pipelines[0]
         session = mesh.workers["b"].session
         error = InternalError("cannot execute")
-        mesh.members.step_sent("p0")
-        mesh.members.epoch_broken(session, "p0", pipeline.epoch, error, "", mesh.now_ns)
+        mesh.members.epochs.step_sent("p0")
+        mesh.members.epochs.broken(session, "p0", pipeline.epoch, error, "", mesh.now_ns)
         mesh.run()
         failed_ns = mesh.now_ns
         while not mesh.serving:
@@ -216,7 +216,7 @@ def test_a_failing_step_is_tried_again_with_growing_pauses_and_at_last_without_k
     assert mesh.failed_steps == ["p0"] * 3
     assert mesh.members.workers[1].conduct.num_failures == 5
     assert mesh.members.workers[0].conduct.num_failures == 0
-    mesh.members.step_done("p0")
+    mesh.members.epochs.step_done("p0")
     assert mesh.members.workers[1].conduct.num_failures == 0
 
 
@@ -288,12 +288,12 @@ def test_how_long_each_phase_of_mending_took() -> None:
     assert mending is not None
     assert (mending.fill_ns, mending.join_ns) == (S, 0)
     mesh.wait(S // 2)
-    mesh.members.epoch_joined(joiner.session, "p0", Epoch(TERM, 2))
+    mesh.members.epochs.joined(joiner.session, "p0", Epoch(TERM, 2))
     mesh.run()
     assert mending.join_ns == S // 2
-    assert mesh.members.rebuilding == mesh.members.pipelines
+    assert mesh.members.epochs.rebuilding == mesh.members.pipelines
     mesh.wait(S)
     mesh.members.pipelines[0].rebuilt(17, mesh.now_ns)
-    assert not mesh.members.rebuilding
+    assert not mesh.members.epochs.rebuilding
     assert (mending.rebuild_ns, mending.num_tokens_rebuilt) == (S, 17)
     assert "worker b broke" in mending.reason

@@ -1,0 +1,178 @@
+"""Who takes which place of a pipeline, and what those load who have none.
+
+A place goes to a worker that holds its layers, else it is kept for one that must load them. Whoever
+has the layers first takes the place, and workers that no pipeline needs load what the fewest hold:
+so several may load the same layers at once. Sans-IO.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+import structlog
+
+from scheduler.messages import Effect, LoadSpan, ToWorker
+from scheduler.pipelines import MeshPipeline
+from scheduler.workers import Suits, Worker
+from stagemesh.errors import ModelMismatch, PeerLost
+from stagemesh.plan import Span
+
+# Failures in a row after which somebody else is wanted in a worker's place.
+MAX_FAILURES = 3
+_FIRST_ASIDE_NS = 30_000_000_000
+_MAX_DOUBLINGS = 4
+
+log = structlog.get_logger()
+
+
+class Places:
+    """`forget_kv` is told of workers that load."""
+
+    def __init__(self, emit: Callable[[Effect], None], forget_kv: Callable[[Worker], None]) -> None:
+        self._emit = emit
+        self._forget_kv = forget_kv
+
+    def fill(
+        self,
+        pipeline: MeshPipeline,
+        later: Sequence[MeshPipeline],
+        workers: Collection[Worker],
+        now_ns: int,
+    ) -> None:
+        """`later` pipelines lend whom this one lacks, where they lack somebody anyway."""
+        for stage in range(pipeline.num_stages):
+            self._exchange(pipeline, stage, workers, now_ns)
+        # First, so that nobody who holds one stage loads another.
+        for worst in (Suits.IS_FIXED, Suits.MAY_LOAD):
+            for stage in pipeline.vacancies:
+                if worker := best_free(workers, pipeline, stage, now_ns, worst):
+                    pipeline.place(stage, worker)
+        for stage in pipeline.vacancies:
+            if worker := _best_elsewhere(later, pipeline.spans[stage]):
+                assert worker.pipeline is not None
+                worker.pipeline.vacate(worker, PeerLost("a worker went elsewhere"), now_ns)
+                pipeline.place(stage, worker)
+
+    def load(self, pipelines: Collection[MeshPipeline], workers: Collection[Worker]) -> None:
+        """Has spans loaded that are not: by those whose places they are, then by all others."""
+        for pipeline in pipelines:
+            for span, worker in zip(pipeline.spans, pipeline.workers, strict=True):
+                if worker is not None and not worker.holds(span):
+                    self.load_span(worker, span)
+        wanted = [span for each in pipelines if each.has_served for span in each.spans]
+        for worker in workers:
+            if worker.is_free and worker.loading is None:
+                other = _span_of_a_spare(wanted, worker, workers)
+                if other is not None:
+                    self.load_span(worker, other)
+
+    def load_span(self, worker: Worker, span: Span) -> None:
+        """Told once; one load is finished before another begins."""
+        if worker.session is None or worker.loading is not None:
+            return
+        self._forget_kv(worker)
+        worker.loaded, worker.loading, worker.load_fraction = None, span, 0.0
+        self._emit(ToWorker(worker.session, LoadSpan(span)))
+
+    def _exchange(
+        self, pipeline: MeshPipeline, stage: int, workers: Collection[Worker], now_ns: int
+    ) -> None:
+        """A worker that still loads, or goes on failing, for one that has the layers."""
+        holder, span = pipeline.workers[stage], pipeline.spans[stage]
+        if holder is None or holder.session is None:
+            return
+        is_failing = holder.conduct.num_failures >= MAX_FAILURES
+        if holder.holds(span) and not is_failing:
+            return
+        better = best_free(workers, pipeline, stage, now_ns, Suits.HOLDS)
+        if better is None or (is_failing and better.is_aside(now_ns)):
+            return
+        reason = "it goes on failing" if is_failing else "another worker had the layers first"
+        log.info("a worker is replaced", worker=holder.worker_id, reason=reason)
+        pipeline.vacate(holder, PeerLost(f"worker {holder.worker_id}: {reason}"), now_ns)
+        pipeline.place(stage, better)
+        if is_failing:
+            _set_aside(holder, now_ns)
+
+
+def best_free(
+    workers: Collection[Worker],
+    pipeline: MeshPipeline,
+    stage: int,
+    now_ns: int,
+    worst: Suits = Suits.MAY_LOAD,
+) -> Worker | None:
+    """Whoever could serve the stage soonest."""
+    span = pipeline.spans[stage]
+    suiting = [
+        (
+            suits is not Suits.HOLDS,
+            worker.is_aside(now_ns),
+            not pipeline.holders.holds(stage, worker),
+            suits,
+            worker.loading not in (None, span),
+            worker.conduct.num_failures,
+            worker.number,
+            worker,
+        )
+        for worker in workers
+        if worker.is_free and (suits := worker.suits(span)) is not None and suits <= worst
+    ]
+    return min(suiting)[-1] if suiting else None
+
+
+def _set_aside(worker: Worker, now_ns: int) -> None:
+    conduct = worker.conduct
+    aside_ns = _FIRST_ASIDE_NS << min(conduct.num_times_aside, _MAX_DOUBLINGS)
+    conduct.aside_until_ns = now_ns + aside_ns
+    conduct.num_times_aside += 1
+    conduct.num_failures = 0
+    log.warning("a worker is set aside", worker=worker.worker_id, seconds=aside_ns // 10**9)
+
+
+def _best_elsewhere(later: Sequence[MeshPipeline], span: Span) -> Worker | None:
+    holders = (
+        worker
+        for other in later
+        if other.vacancies
+        for worker in other.members
+        if worker.session is not None and not worker.is_draining and worker.holds(span)
+    )
+    return next(holders, None)
+
+
+def _span_of_a_spare(
+    wanted: Sequence[Span], worker: Worker, workers: Collection[Worker]
+) -> Span | None:
+    """What a spare should load: of the spans that it may hold, the one that fewest have, for its
+    places, or load. None where it is well as it is: it holds one, and nobody lacks another."""
+    sound = [w for w in workers if not w.is_draining and w.conduct.num_failures < MAX_FAILURES]
+
+    def plenty(span: Span) -> tuple[int, int]:
+        num_holding = sum(other.holds(span) for other in sound if other.session is not None)
+        return num_holding - wanted.count(span), sum(w.loading == span for w in workers)
+
+    suiting = [span for span in wanted if worker.suits(span) is not None]
+    scarcest = min(suiting, key=plenty, default=None)
+    if scarcest is None or not any(map(worker.holds, wanted)):
+        return scarcest
+    num_spare, num_loading = plenty(scarcest)
+    return scarcest if num_spare < 0 and num_loading == 0 else None
+
+
+def other_block_sizes(pipeline: MeshPipeline) -> list[tuple[Worker, ModelMismatch]]:
+    """Members that cannot stay: blocks mean the same on every stage, and whoever came first says
+    how large they are."""
+    loaded = sorted((w for w in pipeline.members if w.loaded), key=lambda worker: worker.number)
+    sizes = [worker.loaded.block_size_tokens if worker.loaded else 0 for worker in loaded]
+    return [
+        (
+            worker,
+            ModelMismatch(
+                f"worker {worker.worker_id} has KV blocks of {size} tokens, worker "
+                f"{loaded[0].worker_id} of {sizes[0]}"
+            ),
+        )
+        for worker, size in zip(loaded, sizes, strict=True)
+        if size != sizes[0]
+    ]
