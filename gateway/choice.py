@@ -26,15 +26,20 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:
-    """When a request was accepted, and when it is to have ended, by the event loop's clock."""
+    """When a request was accepted, and when it is to have ended, by the event loop's clock.
+
+    `margin_s`: see Submission.
+    """
 
     at_ns: int
     deadline_s: float | None
+    margin_s: float = 0.0
 
     @classmethod
-    def now(cls, timeout_s: float | None) -> Acceptance:
+    def now(cls, timeout_s: float | None, margin_s: float = 0.0) -> Acceptance:
         now_s = asyncio.get_running_loop().time()
-        return cls(time.monotonic_ns(), None if timeout_s is None else now_s + timeout_s)
+        deadline_s = None if timeout_s is None else now_s + timeout_s
+        return cls(time.monotonic_ns(), deadline_s, margin_s)
 
 
 class Choice:
@@ -107,6 +112,7 @@ class Choice:
                 max_tokens=prepared.max_tokens,
                 priority=prepared.request.priority,
                 deadline_s=self._accepted.deadline_s,
+                margin_s=self._accepted.margin_s,
                 cache_salt=prepared.request.cache_salt,
             )
         )
@@ -135,10 +141,10 @@ class Choice:
             usage=Usage(
                 prompt_tokens=len(prepared.prompt_token_ids),
                 completion_tokens=self._output.num_tokens,
-                cached_prompt_tokens=finish.cached_prompt_tokens,
+                cached_prompt_tokens=finish.admission.cached_prompt_tokens,
             ),
             timings=Timings(
-                queue_ns=finish.queue_ns,
+                queue_ns=finish.admission.queue_ns,
                 first_token_ns=(self._first_token_ns or now_ns) - self._accepted.at_ns,
                 total_ns=now_ns - self._accepted.at_ns,
             ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from typing import Any
 
@@ -18,7 +19,7 @@ from gateway.grpc_messages import (
 from gateway.service import GenerationService
 from protos import text_generation_pb2 as pb
 from protos import text_generation_pb2_grpc as pb_grpc
-from stagemesh.errors import InternalError, StageMeshError
+from stagemesh.errors import InternalError, RequestCancelled, StageMeshError
 from stagemesh.logs import request_context
 from stagemesh.rpc import abort_with
 
@@ -31,8 +32,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class TextGenerationServicer(pb_grpc.TextGenerationServicer):
     """Maps every StageMeshError to its status; anything else is logged and is INTERNAL."""
 
-    def __init__(self, service: GenerationService) -> None:
+    def __init__(self, service: GenerationService, slow_client_timeout_s: float) -> None:
         self._service = service
+        self._slow_client_timeout_s = slow_client_timeout_s
         self._numbers = itertools.count(1)
 
     async def Generate(  # noqa: N802 - the name of the rpc
@@ -52,8 +54,24 @@ class TextGenerationServicer(pb_grpc.TextGenerationServicer):
         asked = request_from_proto(request, request_id, context.time_remaining())
         token_text = self._service.model.tokenizer.token_text
         async with self._service.accept([asked]) as (choice,):
-            async for event in choice.events():
-                await context.write(event_to_proto(event, token_text, asked.output))
+            try:
+                async for event in choice.events():
+                    await self._write(context, event_to_proto(event, token_text, asked.output))
+            except _SlowClient as error:
+                choice.close()
+                # The status waits behind what was not read. Until then the call keeps its place
+                # among those that the gateway holds, so that these are bounded too.
+                await abort_with(context, error)
+
+    async def _write(self, context: Context, response: pb.GenerateResponse) -> None:
+        """Waits while the client's window is full, which is all that is buffered beside it."""
+        try:
+            async with asyncio.timeout(self._slow_client_timeout_s):
+                await context.write(response)
+        except TimeoutError:
+            raise _SlowClient(
+                f"the client took nothing for {self._slow_client_timeout_s:g} s"
+            ) from None
 
     async def GetModel(  # noqa: N802
         self, request: pb.GetModelRequest, context: Context
@@ -88,6 +106,10 @@ class TextGenerationServicer(pb_grpc.TextGenerationServicer):
         except Exception as error:
             await abort_with(context, _known(error))
         return pb.DetokenizeResponse(text=text)
+
+
+class _SlowClient(RequestCancelled):
+    """The client does not read."""
 
 
 def _known(error: Exception) -> StageMeshError:

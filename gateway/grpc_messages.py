@@ -32,6 +32,15 @@ _FINISH_REASONS = {
 }
 
 
+def margin_s(timeout_s: float | None) -> float:
+    """A client whose call times out by its own clock hears no reason: that the mesh is away it is
+    told before, by a tenth of its time or by a quarter of a second and a fiftieth.
+
+    On the wire gRPC rounds the time of a call up, by as much as a hundredth.
+    """
+    return 0.0 if timeout_s is None else min(timeout_s / 10, 0.25 + timeout_s / 50)
+
+
 def request_from_proto(
     message: pb.GenerateRequest, request_id: str, timeout_s: float | None
 ) -> GenerationRequest:
@@ -49,6 +58,7 @@ def request_from_proto(
         ),
         priority=message.priority,
         timeout_s=timeout_s,
+        margin_s=margin_s(timeout_s),
     )
 
 

@@ -14,10 +14,17 @@ from stagemesh.errors import ProtocolError, StageMeshError
 from stagemesh.plan import SampledToken
 from stagemesh.sampling import SamplingSpec
 
+# Read at once: a client that was slow to read gets messages of a size that its library takes.
+_MAX_READ_TOKENS = 256
+
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """What the scheduler is told. `deadline_s` is a time of the event loop's clock, or None."""
+    """What the scheduler is told. `deadline_s` is a time of the event loop's clock, or None.
+
+    A request that still waits for a mesh that does not serve ends `margin_s` before its deadline,
+    so that its client hears of it before its own clock rings.
+    """
 
     label: str
     model: str
@@ -26,7 +33,16 @@ class Submission:
     max_tokens: int
     priority: int = 0
     deadline_s: float | None = None
+    margin_s: float = 0.0
     cache_salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What the mesh told when the request first ran. Whatever it does again changes none of it."""
+
+    cached_prompt_tokens: int = 0
+    queue_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +50,12 @@ class MeshFinish:
     """How the mesh ended a request: at a stop token or, with `stopped` False, at a length."""
 
     stopped: bool
-    cached_prompt_tokens: int = 0
-    queue_ns: int = 0
+    admission: Admission = Admission()
 
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """All that came since the last read; `finish` in the last one."""
+    """What came since the last read, or a part of it; `finish` in the last one."""
 
     tokens: tuple[SampledToken, ...]
     prompt_logprobs: tuple[SampledToken, ...]
@@ -64,11 +79,14 @@ class HeldRequest:
     submission: Submission
     owner: Owner
     attempt: int = 0
+    # The scheduler has the current attempt.
     submitted: bool = False
+    # It is not refused any more: it had to wait before it could be submitted.
+    has_waited: bool = False
     output_ids: list[int] = field(default_factory=list)
     ended: bool = False
-    _deadline: asyncio.TimerHandle | None = None
-    _wait: asyncio.TimerHandle | None = None
+    _admission: Admission | None = None
+    _timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
     _unread: list[SampledToken] = field(default_factory=list)
     _prompt_logprobs: tuple[SampledToken, ...] = ()
     _finish: MeshFinish | None = None
@@ -100,9 +118,13 @@ class HeldRequest:
         self._prompt_logprobs = self._prompt_logprobs or tuple(prompt_logprobs)
         self._news.set()
 
-    def finish(self, finish: MeshFinish) -> None:
+    def admitted(self, admission: Admission) -> None:
+        """The first word counts."""
+        self._admission = self._admission or admission
+
+    def finish(self, stopped: bool) -> None:
         if not self.ended:
-            self._finish = finish
+            self._finish = MeshFinish(stopped, self._admission or Admission())
             self._end()
 
     def fail(self, error: StageMeshError) -> None:
@@ -111,39 +133,33 @@ class HeldRequest:
             self._error = error
             self._end()
 
-    def remainder(self) -> MeshFinish | None:
-        """How the request has ended by the tokens alone, where the mesh's word for it was lost."""
+    def finish_by_tokens(self) -> None:
+        """Ends the request where its tokens are complete: the mesh's word for it was lost."""
         if self.output_ids and self.output_ids[-1] in self.submission.sampling.stop_token_ids:
-            return MeshFinish(stopped=True)
-        if len(self.output_ids) >= self.submission.max_tokens:
-            return MeshFinish(stopped=False)
-        return None
+            self.finish(stopped=True)
+        elif len(self.output_ids) >= self.submission.max_tokens:
+            self.finish(stopped=False)
 
     def sampling_to_resume(self) -> SamplingSpec:
         """Prompt log-probabilities are not computed again once they have come."""
         sampling = self.submission.sampling
         return replace(sampling, num_prompt_logprobs=None) if self.output_ids else sampling
 
-    def at_deadline(self, ring: Callable[[], None]) -> None:
-        """Calls `ring` at the submission's deadline, where it has one, unless ended by then."""
-        if self.submission.deadline_s is not None:
-            self._deadline = _call_at(self.submission.deadline_s, ring)
+    def ring_at(self, name: str, when_s: float, ring: Callable[[], None]) -> None:
+        """Calls `ring` then, unless the request has ended. A timer replaces another of its name."""
+        self.unring(name)
+        if not self.ended:
+            self._timers[name] = asyncio.get_running_loop().call_at(when_s, ring)
 
-    def wait(self, delay_s: float, ring: Callable[[], None]) -> None:
-        """Not submitted for now: calls `ring` after `delay_s`, unless something comes between."""
-        self.submitted = False
-        self.stop_waiting()
-        self._wait = _call_at(asyncio.get_running_loop().time() + delay_s, ring)
-
-    def stop_waiting(self) -> None:
-        if self._wait is not None:
-            self._wait.cancel()
+    def unring(self, name: str) -> None:
+        if (timer := self._timers.pop(name, None)) is not None:
+            timer.cancel()
 
     def _end(self) -> None:
         self.ended = True
-        self.stop_waiting()
-        if self._deadline is not None:
-            self._deadline.cancel()
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
         self._news.set()
 
     # ---- the reading side ----
@@ -151,9 +167,12 @@ class HeldRequest:
     async def read(self) -> Update:
         """Waits for news. Raises the StageMeshError that ended the request, after its tokens."""
         await self._news.wait()
-        tokens, self._unread = tuple(self._unread), []
+        tokens = tuple(self._unread[:_MAX_READ_TOKENS])
+        del self._unread[:_MAX_READ_TOKENS]
         if self._error is not None and not tokens:
             raise self._error
+        if self._unread:
+            return Update(tokens, self._prompt_logprobs, None)
         if not self.ended:
             self._news.clear()
         return Update(tokens, self._prompt_logprobs, self._finish)
@@ -161,7 +180,3 @@ class HeldRequest:
     def close(self) -> None:
         """Whoever read wants no more: ends the request in the mesh unless it has ended."""
         self.owner.release(self)
-
-
-def _call_at(when_s: float, ring: Callable[[], None]) -> asyncio.TimerHandle:
-    return asyncio.get_running_loop().call_at(when_s, ring)

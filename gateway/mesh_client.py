@@ -2,12 +2,15 @@
 
 A request outlives the link: when the stream breaks, everything held is submitted again, with the
 tokens so far and a higher attempt, once a scheduler of the same or a higher term is back. Only the
-next token of the current attempt is accepted, so a stream has no gap and nothing twice.
+next token of the current attempt is accepted, so a stream has no gap and nothing twice. What the
+scheduler does not have, or cannot take yet, waits until its deadline.
 """
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+import random
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,13 +19,14 @@ import grpc
 import grpc.aio
 import structlog
 
-from gateway.held_request import HeldRequest, MeshFinish, Submission
+from gateway.backlog import Backlog
+from gateway.held_request import Admission, HeldRequest, Submission
 from gateway.mesh_session import MeshSession, MeshView, SchedulerLoad, get_load
+from gateway.patience import Patience
 from protos import mesh_pb2
 from stagemesh.backoff import Backoff
 from stagemesh.errors import (
     InternalError,
-    MeshUnavailable,
     ProtocolError,
     QueueFull,
     RequestCancelled,
@@ -33,21 +37,26 @@ from stagemesh.rpc import error_from_rpc, make_channel
 from stagemesh.wire import error_from_proto, sampled_token_from_proto
 
 _log = structlog.get_logger(__name__)
-_RESUBMIT_S = 0.25
+_MIN_RESUBMIT_S = 0.25
+_MAX_RESUBMIT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class MeshClientSettings:
-    """`max_unreachable_s`: how long a request waits while no scheduler is reachable at all."""
+    """`max_unavailable_s`: how long a request waits at most while the mesh does not serve; None:
+    until its deadline."""
 
     scheduler_address: str
     gateway_id: str
-    max_unreachable_s: float = 30.0
+    max_unavailable_s: float | None = None
     connect_timeout_s: float = 5.0
 
 
 class MeshClient:
-    """`view` is what the scheduler last said of the mesh; `on_view` is called when it changes."""
+    """`view` is what the scheduler last said of the mesh; `on_view` is called when it changes.
+
+    Must be made inside a running event loop.
+    """
 
     def __init__(
         self, settings: MeshClientSettings, on_view: Callable[[MeshView], None] | None = None
@@ -58,45 +67,48 @@ class MeshClient:
         self._incarnation = secrets.randbits(63)
         self._numbers = itertools.count(1)
         self._held: dict[int, HeldRequest] = {}
+        self._backlog = Backlog()
+        self._patience = Patience(settings.max_unavailable_s, self._give_up)
+        self._patience.mesh_is_away(self.view.detail, ())
         self._session: MeshSession | None = None
         self._term = 0
-        self._channel: grpc.aio.Channel | None = None
+        self._status_channel: grpc.aio.Channel | None = None
 
     @property
     def num_held(self) -> int:
         return len(self._held)
+
+    @property
+    def num_unsubmitted(self) -> int:
+        return len(self._backlog)
 
     # ---- for those who want something generated ----
 
     def open(self, submission: Submission) -> HeldRequest:
         """Holds the request and submits it as soon as the scheduler is there."""
         held = HeldRequest(next(self._numbers), submission, self)
+        held.has_waited = self._session is None
         self._held[held.number] = held
-        held.at_deadline(lambda: self._expire(held))
-        if self._session is not None:
-            self._submit(held)
-        else:
-            self._limit_wait(held)
+        self._patience.begin(held)
+        self._submit_later(held)
         return held
 
     def release(self, held: HeldRequest) -> None:
         """Forgets the request, and has the mesh forget it; harmless when repeated."""
-        if self._held.pop(held.number, None) is None:
-            return
-        if not held.ended:
-            held.fail(RequestCancelled("the request was cancelled"))
-            self._abort(held)
+        if self._held.pop(held.number, None) is not None and not held.ended:
+            self._give_up(held, RequestCancelled("the request was cancelled"))
 
     async def load(self) -> SchedulerLoad | None:
         """The scheduler's own counters; None where it does not answer soon."""
-        return await get_load(self._channel) if self._channel is not None else None
+        channel = self._status_channel
+        return await get_load(channel) if channel is not None else None
 
     # ---- the link ----
 
     async def run(self) -> None:
         """Keeps the link up until cancelled; never ends by itself."""
         backoff = Backoff(0.1, 2.0)
-        self._channel = make_channel(self._settings.scheduler_address)
+        self._status_channel = make_channel(self._settings.scheduler_address)
         try:
             while True:
                 try:
@@ -109,76 +121,85 @@ class MeshClient:
                     self._on_lost(_known_cause(group))
                 await backoff.wait()
         finally:
-            await self._channel.close()
+            await self._status_channel.close()
 
     async def _attach(self, backoff: Backoff) -> None:
-        assert self._channel is not None
+        """Over a connection of its own: one to a frozen host would stand in the next one's way."""
         settings = self._settings
-        session = MeshSession(self._channel, settings.gateway_id, self._incarnation)
-        welcome = await session.open(settings.connect_timeout_s)
-        try:
-            if welcome.term < self._term:
-                raise ProtocolError(
-                    f"a scheduler of term {welcome.term}, after one of {self._term}"
-                )
-            backoff.reset()
-            self._on_attached(session, welcome.term)
-            await session.run(self._on_event)
-        finally:
-            session.close()
+        async with make_channel(settings.scheduler_address) as channel:
+            session = MeshSession(channel, settings.gateway_id, self._incarnation)
+            welcome = await session.open(settings.connect_timeout_s)
+            try:
+                if welcome.term < self._term:
+                    raise ProtocolError(
+                        f"a scheduler of term {welcome.term}, after one of {self._term}"
+                    )
+                backoff.reset()
+                self._on_attached(session, welcome.term)
+                await session.run(self._on_event, self._next_request)
+            finally:
+                session.close()
 
     def _on_attached(self, session: MeshSession, term: int) -> None:
-        _log.info("attached to the scheduler", address=self._settings.scheduler_address, term=term)
+        address = self._settings.scheduler_address
+        _log.info("attached to the scheduler", address=address, term=term, num_held=self.num_held)
         self._session, self._term = session, term
-        for held in list(self._held.values()):
-            self._submit(held)
+        session.wake()
 
     def _on_lost(self, error: StageMeshError) -> None:
         if self._session is not None:
             _log.warning("lost the scheduler", error=str(error), num_held=self.num_held)
+            self._session = None
             for held in self._held.values():
-                self._limit_wait(held)
-        self._session = None
+                held.submitted, held.has_waited = False, True
+                held.unring("again")
+                self._submit_later(held)
         self._set_view(MeshView(detail=f"the scheduler is not reachable: {error}"))
 
     def _set_view(self, view: MeshView) -> None:
+        if view.serving:
+            self._patience.mesh_serves(self._held.values())
+        else:
+            self._patience.mesh_is_away(view.detail, self._held.values())
         if view != self.view:
             self.view = view
             self._on_view(view)
 
     # ---- requests ----
 
-    def _submit(self, held: HeldRequest) -> None:
-        """The first time, or again after the link broke."""
-        if held.ended or self._session is None:
+    def _submit_later(self, held: HeldRequest) -> None:
+        """The first time, or again: when those before it are submitted."""
+        if held.ended:
             return
-        if (finish := held.remainder()) is not None:
-            held.finish(finish)
-            return
-        held.stop_waiting()
-        held.attempt += 1
-        held.submitted = True
-        self._session.submit(held)
+        self._backlog.add(held)
+        if self._session is not None:
+            self._session.wake()
 
-    def _abort(self, held: HeldRequest) -> None:
+    def _next_request(self) -> HeldRequest | None:
+        """What the scheduler is told next; it has it from now on."""
+        while (held := self._backlog.pop()) is not None:
+            held.finish_by_tokens()
+            if not held.ended:
+                held.attempt += 1
+                held.submitted = True
+                return held
+        return None
+
+    def _give_up(self, held: HeldRequest, error: StageMeshError) -> None:
+        """Ends the request here and in the mesh."""
+        held.fail(error)
+        self._backlog.discard(held)
         if held.submitted and self._session is not None:
             self._session.abort(held)
 
-    def _expire(self, held: HeldRequest) -> None:
-        held.fail(RequestDeadlineExceeded("the deadline passed before the request was finished"))
-        self._abort(held)
-
-    def _limit_wait(self, held: HeldRequest) -> None:
-        """A request does not wait without end for a scheduler that nobody can reach."""
-
-        def give_up() -> None:
-            held.fail(MeshUnavailable(self.view.detail, retry_after_s=1.0))
-
-        held.wait(self._settings.max_unreachable_s, give_up)
-
     def _on_event(self, event: mesh_pb2.GatewayEvent) -> None:
         kind = event.WhichOneof("event")
-        if kind == "tokens":
+        if kind == "news":
+            for tokens in event.news.tokens:
+                self._on_tokens(tokens)
+            for finished in event.news.finished:
+                self._on_finished(finished)
+        elif kind == "tokens":
             self._on_tokens(event.tokens)
         elif kind == "finished":
             self._on_finished(event.finished)
@@ -194,27 +215,38 @@ class MeshClient:
 
     def _on_tokens(self, message: mesh_pb2.RequestTokens) -> None:
         held = self._current(message.request, message.attempt)
-        if held is not None:
-            held.take(
-                message.index,
-                [sampled_token_from_proto(token) for token in message.tokens],
-                [sampled_token_from_proto(token) for token in message.prompt_logprobs],
-            )
+        if held is None:
+            return
+        if message.HasField("cached_prompt_tokens"):
+            held.admitted(Admission(message.cached_prompt_tokens, message.queue_ns))
+        held.take(
+            message.index,
+            [sampled_token_from_proto(token) for token in message.tokens],
+            [sampled_token_from_proto(token) for token in message.prompt_logprobs],
+        )
 
     def _on_finished(self, message: mesh_pb2.RequestFinished) -> None:
         held = self._current(message.request, message.attempt)
         if held is None:
             return
+        held.submitted = False
         if message.reason in (mesh_pb2.END_REASON_STOP_TOKEN, mesh_pb2.END_REASON_LENGTH):
-            stopped = message.reason == mesh_pb2.END_REASON_STOP_TOKEN
-            held.finish(MeshFinish(stopped, message.cached_prompt_tokens, message.queue_ns))
+            held.admitted(Admission(message.cached_prompt_tokens, message.queue_ns))
+            held.finish(stopped=message.reason == mesh_pb2.END_REASON_STOP_TOKEN)
             return
         error = _end_error(message)
-        if isinstance(error, QueueFull) and held.attempt > 1:
-            # It was accepted once: it waits rather than fails.
-            held.wait(_RESUBMIT_S, lambda: self._submit(held))
+        if isinstance(error, QueueFull) and (held.has_waited or held.attempt > 1):
+            self._submit_again(held, error.retry_after_s or 0.0)
+        elif isinstance(error, RequestDeadlineExceeded):
+            held.fail(self._patience.deadline_error())
         else:
             held.fail(error)
+
+    def _submit_again(self, held: HeldRequest, retry_after_s: float) -> None:
+        """It was accepted once: it waits rather than fails. Not all come again at the same time."""
+        delay_s = min(max(retry_after_s, _MIN_RESUBMIT_S), _MAX_RESUBMIT_S)
+        when_s = asyncio.get_running_loop().time() + delay_s * random.uniform(0.5, 1.0)
+        held.ring_at("again", when_s, lambda: self._submit_later(held))
 
 
 def _end_error(message: mesh_pb2.RequestFinished) -> StageMeshError:

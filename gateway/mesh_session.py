@@ -1,4 +1,4 @@
-"""One life of the stream to the scheduler: register, heartbeats, one writer, one reader.
+"""One life of the stream to the scheduler: register, heartbeats, one writer, one reader, one watch.
 
 Knows messages, not what becomes of requests.
 """
@@ -6,6 +6,7 @@ Knows messages, not what becomes of requests.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from stagemesh.errors import MeshUnavailable, ProtocolError
 from stagemesh.wire import PROTOCOL_VERSION, error_from_proto, sampling_to_proto
 
 _LOAD_TIMEOUT_S = 2.0
+_LOOKS_PER_LEASE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +75,21 @@ async def get_load(channel: grpc.aio.Channel) -> SchedulerLoad | None:
 
 
 class MeshSession:
-    """From `open` to the stream's end. Messages are queued without waiting, one task writes them.
+    """From `open` to the stream's end. One task writes; nothing else waits for the scheduler.
 
-    The queue is bounded by what the gateway admits: two messages a request and a heartbeat.
+    Submissions are fetched one at a time, when the stream takes them, so that a thousand requests
+    that are submitted again are not in memory twice. What is queued beside them, aborts and a
+    heartbeat, is bounded by what was submitted.
     """
 
     def __init__(self, channel: grpc.aio.Channel, gateway_id: str, incarnation: int) -> None:
         stub = mesh_pb2_grpc.SchedulerStub(channel)  # type: ignore[no-untyped-call]
         self._call = stub.AttachGateway()
-        self._outbox: asyncio.Queue[mesh_pb2.GatewayMessage] = asyncio.Queue()
+        self._urgent: deque[mesh_pb2.GatewayMessage] = deque()
+        self._wake = asyncio.Event()
         self._heartbeat_s = 1.0
+        self._lease_s = 0.0
+        self._num_silent_looks = 0
         self._register = mesh_pb2.RegisterGateway(
             protocol_version=PROTOCOL_VERSION, gateway_id=gateway_id, incarnation=incarnation
         )
@@ -111,53 +118,88 @@ class MeshSession:
         if answer.WhichOneof("event") != "welcome":
             raise ProtocolError("the scheduler's first message was no welcome")
         self._heartbeat_s = max(answer.welcome.heartbeat_interval_ms, 10) / 1000
+        self._lease_s = answer.welcome.lease_ms / 1000
         return answer.welcome
 
-    async def run(self, on_event: Callable[[mesh_pb2.GatewayEvent], None]) -> None:
+    async def run(
+        self,
+        on_event: Callable[[mesh_pb2.GatewayEvent], None],
+        next_request: Callable[[], HeldRequest | None],
+    ) -> None:
         """Until the stream ends, which is always an error, alone or in a group."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._write())
+            tasks.create_task(self._write(next_request))
             tasks.create_task(self._beat())
+            tasks.create_task(self._watch())
             while isinstance(event := await self._call.read(), mesh_pb2.GatewayEvent):
+                self._num_silent_looks = 0
                 on_event(event)
             raise MeshUnavailable("the scheduler ended the stream")
 
     def close(self) -> None:
         self._call.cancel()
 
-    def submit(self, held: HeldRequest) -> None:
-        submission = held.submission
-        message = mesh_pb2.SubmitRequest(
-            request=held.number,
-            attempt=held.attempt,
-            label=submission.label,
-            model=submission.model,
-            prompt_token_ids=submission.prompt_token_ids,
-            output_token_ids=held.output_ids,
-            sampling=sampling_to_proto(held.sampling_to_resume()),
-            max_tokens=submission.max_tokens,
-            priority=submission.priority,
-            cache_salt=submission.cache_salt,
-        )
-        if submission.deadline_s is not None:
-            remaining_s = submission.deadline_s - asyncio.get_running_loop().time()
-            message.remaining_ns = max(0, int(remaining_s * 1e9))
-        self._outbox.put_nowait(mesh_pb2.GatewayMessage(submit=message))
+    def wake(self) -> None:
+        """There is a request to be fetched."""
+        self._wake.set()
 
     def abort(self, held: HeldRequest) -> None:
         message = mesh_pb2.AbortRequest(request=held.number, attempt=held.attempt)
-        self._outbox.put_nowait(mesh_pb2.GatewayMessage(abort=message))
+        self._say(mesh_pb2.GatewayMessage(abort=message))
 
-    async def _write(self) -> None:
+    def _say(self, message: mesh_pb2.GatewayMessage) -> None:
+        self._urgent.append(message)
+        self._wake.set()
+
+    async def _write(self, next_request: Callable[[], HeldRequest | None]) -> None:
         try:
             while True:
-                await self._call.write(await self._outbox.get())
+                self._wake.clear()
+                while True:
+                    if self._urgent:
+                        message = self._urgent.popleft()
+                    elif (held := next_request()) is not None:
+                        message = submit_to_proto(held)
+                    else:
+                        break
+                    await self._call.write(message)
+                await self._wake.wait()
         except asyncio.InvalidStateError as error:  # written to after it ended
             raise MeshUnavailable("the scheduler ended the stream") from error
 
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(self._heartbeat_s)
-            if self._outbox.empty():  # any message shows that this gateway lives
-                beat = mesh_pb2.GatewayHeartbeat()
-                self._outbox.put_nowait(mesh_pb2.GatewayMessage(heartbeat=beat))
+            if not self._urgent:  # any message shows that this gateway lives
+                self._say(mesh_pb2.GatewayMessage(heartbeat=mesh_pb2.GatewayHeartbeat()))
+
+    async def _watch(self) -> None:
+        """A scheduler that is frozen, or whose host is gone, breaks no stream by itself.
+
+        Counts looks, not time: while this process stood still it could not have heard anything.
+        """
+        while self._lease_s:
+            await asyncio.sleep(self._lease_s / _LOOKS_PER_LEASE)
+            self._num_silent_looks += 1
+            if self._num_silent_looks > _LOOKS_PER_LEASE:
+                raise MeshUnavailable(f"the scheduler was silent for {self._lease_s:g} s")
+
+
+def submit_to_proto(held: HeldRequest) -> mesh_pb2.GatewayMessage:
+    submission = held.submission
+    message = mesh_pb2.SubmitRequest(
+        request=held.number,
+        attempt=held.attempt,
+        label=submission.label,
+        model=submission.model,
+        prompt_token_ids=submission.prompt_token_ids,
+        output_token_ids=held.output_ids,
+        sampling=sampling_to_proto(held.sampling_to_resume()),
+        max_tokens=submission.max_tokens,
+        priority=submission.priority,
+        cache_salt=submission.cache_salt,
+    )
+    if submission.deadline_s is not None:
+        remaining_s = submission.deadline_s - asyncio.get_running_loop().time()
+        message.remaining_ns = max(0, int(remaining_s * 1e9))
+    return mesh_pb2.GatewayMessage(submit=message)

@@ -33,14 +33,30 @@ class GatewayOptions:
         minimum=1024,
         maximum=2**31 - 2**20,
     )
-    http_timeout_s: float = option(
-        600.0, help="deadline of a request over HTTP", kind=Kind.DURATION, minimum=0.001
-    )
-    max_unreachable_s: float = option(
-        30.0,
-        help="how long requests wait for a scheduler that cannot be reached",
+    default_timeout_s: float = option(
+        600.0,
+        help="deadline of requests that come without one, as all over HTTP do; 0: none",
         kind=Kind.DURATION,
         minimum=0.0,
+    )
+    max_unavailable_s: float | None = option(
+        None,
+        help="how long a request waits at most while no pipeline serves; else until its deadline",
+        kind=Kind.DURATION,
+        minimum=0.0,
+    )
+    slow_client_timeout_s: float = option(
+        30.0,
+        help="a client that takes nothing of its answer for so long has its request cancelled",
+        kind=Kind.DURATION,
+        minimum=1.0,
+    )
+    client_keepalive_s: float = option(
+        10.0,
+        help="how often connections of silent clients are probed; one that vanished without a word "
+        "is found after 1.5 times this over gRPC, and after --slow-client-timeout more over HTTP",
+        kind=Kind.DURATION,
+        minimum=1.0,
     )
     drain_timeout_s: float = option(
         10.0,

@@ -75,7 +75,8 @@ class OutputOptions:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """`request_id` is a label, never a key. `timeout_s` counts from when the gateway accepts.
+    """`request_id` is a label, never a key. `timeout_s` counts from when the gateway accepts; None:
+    the gateway's default. `margin_s`: how much earlier waiting for an absent mesh ends.
 
     Requests share cached prefixes only with those of the same `cache_salt`.
     """
@@ -89,6 +90,7 @@ class GenerationRequest:
     priority: int = 0
     num_choices: int = 1
     timeout_s: float | None = None
+    margin_s: float = 0.0
     cache_salt: str = ""
 
 

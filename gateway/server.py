@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import math
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator, Mapping
 
 import structlog
@@ -60,6 +62,7 @@ async def serve(options: GatewayOptions, on_ready: OnReady | None = None) -> Non
     rpc = RpcServer(
         join_address(options.host, options.grpc_port),
         max_message_bytes=options.max_body_bytes + _GRPC_OVERHEAD_BYTES,
+        keepalive_s=options.client_keepalive_s,
     )
 
     def on_view(view: MeshView) -> None:
@@ -72,10 +75,11 @@ async def serve(options: GatewayOptions, on_ready: OnReady | None = None) -> Non
         mesh,
         GatewayMetrics(),
         max_concurrent_requests=options.max_concurrent_requests,
+        default_timeout_s=options.default_timeout_s or None,
     )
-    with contextlib.closing(service), _listen(options.host, options.http_port) as listener:
+    with contextlib.closing(service), _listen(options) as listener:
         rpc.add_service_name(SERVICE_NAME)
-        servicer = TextGenerationServicer(service)
+        servicer = TextGenerationServicer(service, options.slow_client_timeout_s)
         pb_grpc.add_TextGenerationServicer_to_server(servicer, rpc.server)  # type: ignore[no-untyped-call]
         grpc_address = await rpc.start()
         rpc.set_serving(mesh.view.serving, SERVICE_NAME)
@@ -110,13 +114,13 @@ def _mesh_settings(options: GatewayOptions) -> MeshClientSettings:
     return MeshClientSettings(
         scheduler_address=options.scheduler,
         gateway_id=options.gateway_id or f"{socket.gethostname()}-{os.getpid()}",
-        max_unreachable_s=options.max_unreachable_s,
+        max_unavailable_s=options.max_unavailable_s,
     )
 
 
 def _http_config(options: GatewayOptions, service: GenerationService) -> uvicorn.Config:
     return uvicorn.Config(
-        make_app(HttpContext(service, options.max_body_bytes, options.http_timeout_s)),
+        make_app(HttpContext(service, options.max_body_bytes, options.slow_client_timeout_s)),
         log_config=None,
         access_log=False,
         lifespan="off",
@@ -125,8 +129,9 @@ def _http_config(options: GatewayOptions, service: GenerationService) -> uvicorn
     )
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(options: GatewayOptions) -> socket.socket:
     """Raises AddressInUse naming the address, ConfigError where it cannot be had at all."""
+    host, port = options.host, options.http_port
     address = join_address(host, port)
     try:
         family, kind, protocol, _, where = socket.getaddrinfo(
@@ -134,6 +139,7 @@ def _listen(host: str, port: int) -> socket.socket:
         )[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _probe_clients(listener, options)
         listener.bind(where)
         listener.listen(1024)
     except OSError as error:
@@ -141,6 +147,19 @@ def _listen(host: str, port: int) -> socket.socket:
             raise AddressInUse(f"{address} is in use by another process") from error
         raise ConfigError(f"cannot listen on {address}: {error.strerror or error}") from error
     return listener
+
+
+def _probe_clients(listener: socket.socket, options: GatewayOptions) -> None:
+    """For each connection that is accepted: TCP itself would take a quarter of an hour to give up a
+    client whose host is gone, and for ever where nothing is being sent."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if sys.platform == "linux":
+        keepalive_s = math.ceil(options.client_keepalive_s)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, keepalive_s)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, math.ceil(keepalive_s / 2))
+        # Also counts from what a client that is there has no room for.
+        unread_ms = round(options.slow_client_timeout_s * 1000)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, unread_ms)
 
 
 def _bound(listener: socket.socket) -> str:

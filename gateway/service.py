@@ -23,7 +23,10 @@ _RETRY_AFTER_S = 1.0
 
 
 class GenerationService:
-    """At most `max_concurrent_requests` choices are held at a time; more are refused at once."""
+    """At most `max_concurrent_requests` choices are held at a time; more are refused at once.
+
+    `default_timeout_s` is the deadline of requests that come without one; None: they have none.
+    """
 
     def __init__(
         self,
@@ -32,11 +35,13 @@ class GenerationService:
         metrics: GatewayMetrics,
         *,
         max_concurrent_requests: int,
+        default_timeout_s: float | None = None,
     ) -> None:
         self.model = model
         self.mesh = mesh
         self.metrics = metrics
         self._max_concurrent = max_concurrent_requests
+        self._default_timeout_s = default_timeout_s
         self._num_admitted = 0
         self._executor = ThreadPoolExecutor(2, thread_name_prefix="tokenise")
         self.preparer = Preparer(model, self._executor)
@@ -72,7 +77,8 @@ class GenerationService:
                     choice.close()
 
     async def _open(self, request: GenerationRequest) -> list[Choice]:
-        accepted = Acceptance.now(request.timeout_s)
+        timeout_s = self._default_timeout_s if request.timeout_s is None else request.timeout_s
+        accepted = Acceptance.now(timeout_s, request.margin_s)
         prepared = await self.preparer.prepare(request, self.max_model_len)
         seeds = (
             choice_seed(prepared.sampling.seed, number) for number in range(request.num_choices)

@@ -1,21 +1,25 @@
 """Sessions of gateways: requests come in, tokens and one ending each go out.
 
 A gateway that is silent for its lease, does not read, or whose stream breaks, is gone, and its
-requests with it. Knows nothing of pipelines.
+requests with it. It watches the scheduler likewise, which shows that it lives where it has nothing
+to say. Knows nothing of pipelines.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 
 from protos import mesh_pb2
-from scheduler.convert import check_protocol, event_to_proto, request_from_proto
+from scheduler.convert import check_protocol, request_from_proto
 from scheduler.core import EndReason, Finished, Request, RequestKey, SchedulerCore, Tokens
+from scheduler.gateway_news import add_event
 from scheduler.mesh_view import MeshView
 from scheduler.outbox import Context, Outbox, converse, first_message
 from stagemesh import wire
@@ -32,12 +36,41 @@ Acting = Callable[[], AbstractContextManager[int]]
 
 @dataclass(slots=True, eq=False)
 class GatewaySession:
-    """One stream of one gateway process."""
+    """One stream of one gateway process. `news` gathers what one turn of the driver gives."""
 
     gateway_id: str
     incarnation: int
     outbox: Outbox[mesh_pb2.GatewayEvent]
     heard_ns: int
+    news: mesh_pb2.RequestNews | None = None
+    is_quiet: bool = True
+
+    def say(self, **event: Any) -> None:
+        self.flush()
+        self.is_quiet = False
+        self.outbox.put(mesh_pb2.GatewayEvent(**event))
+
+    def tell(self, event: Tokens | Finished) -> None:
+        """In a message with what else comes before the loop's next round."""
+        if self.news is None:
+            self.news = mesh_pb2.RequestNews()
+            asyncio.get_running_loop().call_soon(self.flush)
+        add_event(self.news, event)
+        if isinstance(event, Tokens) and event.prompt_logprobs:
+            self.flush()  # large enough for a message of its own
+
+    def flush(self) -> None:
+        if self.news is not None:
+            news, self.news, self.is_quiet = self.news, None, False
+            self.outbox.put(mesh_pb2.GatewayEvent(news=news))
+
+    async def beat(self, interval_s: float) -> None:
+        """Shows that the scheduler lives, where nothing else does."""
+        while True:
+            await asyncio.sleep(interval_s)
+            if self.is_quiet:
+                self.say(heartbeat=mesh_pb2.SchedulerHeartbeat())
+            self.is_quiet = True
 
 
 class Gateways:
@@ -54,6 +87,7 @@ class Gateways:
         self._acting = acting
         self._welcome = welcome
         self._lease_ns = welcome.lease_ms * 1_000_000
+        self._heartbeat_s = welcome.heartbeat_interval_ms / 1000
         self._vocab_size = vocab_size
         self._sessions: dict[int, GatewaySession] = {}
         self._view: MeshView | None = None
@@ -77,11 +111,13 @@ class Gateways:
         except StageMeshError as error:
             await context.write(mesh_pb2.GatewayEvent(refused=wire.error_to_proto(error)))
             return
+        beating = asyncio.create_task(session.beat(self._heartbeat_s))
         try:
             await converse(context, outbox, lambda message: self._take(session, message))
         except StageMeshError as error:
             await abort_with(context, error)
         finally:
+            beating.cancel()
             self._lose(session, "its stream ended")
 
     def _register(
@@ -98,9 +134,9 @@ class Gateways:
             register.gateway_id, register.incarnation, outbox, time.monotonic_ns()
         )
         self._sessions[session.incarnation] = session
-        outbox.put(mesh_pb2.GatewayEvent(welcome=self._welcome))
+        session.say(welcome=self._welcome)
         if self._view is not None:
-            outbox.put(mesh_pb2.GatewayEvent(mesh=view_to_proto(self._view)))
+            session.say(mesh=view_to_proto(self._view))
         log.info("a gateway registered", gateway=session.gateway_id)
         return session
 
@@ -138,7 +174,7 @@ class Gateways:
         session = self._sessions.get(event.key.gateway)
         if session is None:
             return
-        session.outbox.put(event_to_proto(event))
+        session.tell(event)
         if session.outbox.cut_off.done():
             self._lose(session, "it does not read")
 
@@ -147,7 +183,7 @@ class Gateways:
     def mesh_changed(self, view: MeshView) -> None:
         self._view = view
         for session in self:
-            session.outbox.put(mesh_pb2.GatewayEvent(mesh=view_to_proto(view)))
+            session.say(mesh=view_to_proto(view))
 
     def end_silent(self, now_ns: int) -> int | None:
         """Ends leases that are over; returns when the next one ends."""
@@ -159,7 +195,7 @@ class Gateways:
     def refuse_all(self, error: StageMeshError) -> None:
         """The scheduler ends: everybody is told why."""
         for session in self:
-            session.outbox.put(mesh_pb2.GatewayEvent(refused=wire.error_to_proto(error)))
+            session.say(refused=wire.error_to_proto(error))
             session.outbox.end()
 
     def _lose(self, session: GatewaySession, reason: str) -> None:

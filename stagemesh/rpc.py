@@ -49,16 +49,21 @@ ERROR_KEY = "stagemesh-error"
 RETRY_AFTER_KEY = "retry-after-ms"
 _MAX_DETAIL_BYTES = 1800  # trailers are limited to 8 KiB, and each byte may take three there
 
-_KEEPALIVE = (
-    # A peer whose host is gone is noticed after time + timeout; one whose process died at once.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-)
+KEEPALIVE_S = 10.0
+"""A peer whose host is gone is noticed after 1.5 times this; one whose process died, at once."""
+
+
+def _keepalive(every_s: float) -> tuple[tuple[str, int], ...]:
+    return (
+        ("grpc.keepalive_time_ms", round(every_s * 1000)),
+        ("grpc.keepalive_timeout_ms", round(every_s * 500)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+    )
+
 
 _CHANNEL_OPTIONS = (
-    *_KEEPALIVE,
+    *_keepalive(KEEPALIVE_S),
     # Connections of the mesh never go through the host's web proxy.
     ("grpc.enable_http_proxy", 0),
     # A connection of its own: no waiting behind another stream to the same peer, no inherited
@@ -71,7 +76,6 @@ _CHANNEL_OPTIONS = (
 )
 
 _SERVER_OPTIONS = (
-    *_KEEPALIVE,
     # A second server on the same port is a mistake, not a way to share load.
     ("grpc.so_reuseport", 0),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
@@ -100,13 +104,23 @@ class RpcServer:
     then `start`. Everything is "not serving" until `set_serving` says otherwise.
     """
 
-    def __init__(self, address: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        keepalive_s: float = KEEPALIVE_S,
+    ) -> None:
         split_address(address)
         self._address = address
         self._service_names: list[str] = []
         self._health = health.HealthService()
         self.server: grpc.aio.Server = grpc.aio.server(
-            options=(*_SERVER_OPTIONS, *_message_limits(max_message_bytes))
+            options=(
+                *_keepalive(keepalive_s),
+                *_SERVER_OPTIONS,
+                *_message_limits(max_message_bytes),
+            )
         )
 
     def add_service_name(self, name: str) -> None:

@@ -38,11 +38,11 @@ from stagemesh.errors import InvalidRequest
 
 
 async def create_chat_completion(context: HttpContext, request: Request) -> Response:
-    body = await read_body(request, ChatBody, context.max_body_bytes)
+    body = await read_body(request, ChatBody, context)
     _check(body)
     chat = _Chat(context, body, answer_id("chatcmpl", request, body))
     if body.stream:
-        return EventStream(chat.chunks(), chat.identity)
+        return EventStream(chat.chunks(), chat.identity, context.slow_client_timeout_s)
     answer = await unless_disconnected(request.receive, chat.whole())
     return JSONResponse(answer, headers={"X-Request-Id": chat.identity})
 
@@ -108,9 +108,9 @@ class _Chat:
         self._body = body
         self._name = body.model or self._model.name
         self._num_choices = num_choices(body)
-        self._request = self._make_request(context.timeout_s)
+        self._request = self._make_request()
 
-    def _make_request(self, timeout_s: float) -> GenerationRequest:
+    def _make_request(self) -> GenerationRequest:
         body = self._body
         max_tokens = body.max_completion_tokens
         return GenerationRequest(
@@ -132,7 +132,6 @@ class _Chat:
             ),
             priority=body.priority,
             num_choices=self._num_choices,
-            timeout_s=timeout_s,
             cache_salt=body.cache_salt or "",
         )
 

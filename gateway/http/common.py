@@ -24,7 +24,7 @@ class HttpContext:
 
     service: GenerationService
     max_body_bytes: int
-    timeout_s: float
+    slow_client_timeout_s: float
 
 
 def answer_id(prefix: str, request: Request, body: GenerationBody) -> str:

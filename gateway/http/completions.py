@@ -47,11 +47,11 @@ _KIND = "text_completion"
 
 
 async def create_completion(context: HttpContext, request: Request) -> Response:
-    body = await read_body(request, CompletionBody, context.max_body_bytes)
+    body = await read_body(request, CompletionBody, context)
     _check(body)
     completion = _Completion(context, body, answer_id("cmpl", request, body))
     if body.stream:
-        return EventStream(completion.chunks(), completion.identity)
+        return EventStream(completion.chunks(), completion.identity, context.slow_client_timeout_s)
     answer = await unless_disconnected(request.receive, completion.whole())
     return JSONResponse(answer, headers={"X-Request-Id": completion.identity})
 
@@ -96,9 +96,9 @@ class _Completion:
         self._prompt_only = body.max_tokens == 0 and bool(body.echo)
         self._envelope = envelope(identity, _KIND, body.model or self._model.name)
         prompts = prompts_of(body.prompt, body.add_special_tokens is not False)
-        self._requests = [self._request(prompt, context.timeout_s) for prompt in prompts]
+        self._requests = [self._request(prompt) for prompt in prompts]
 
-    def _request(self, prompt: Prompt, timeout_s: float) -> GenerationRequest:
+    def _request(self, prompt: Prompt) -> GenerationRequest:
         body = self._body
         max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         of_prompt = body.logprobs if body.echo else None
@@ -116,7 +116,6 @@ class _Completion:
             ),
             priority=body.priority,
             num_choices=self._num_choices,
-            timeout_s=timeout_s,
             cache_salt=body.cache_salt or "",
         )
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from starlette.requests import ClientDisconnect
 
+from gateway.http.common import HttpContext
 from stagemesh.errors import InvalidRequest, RequestCancelled, RequestTooLarge
 
 T = TypeVar("T", bound=BaseModel)
@@ -23,20 +24,22 @@ _MAX_DISCARD_S = 10.0
 _INLINE_BYTES = 2**16
 
 
-async def read_body(request: Request, schema: type[T], max_bytes: int) -> T:
-    """Raises InvalidRequest, naming the field, and RequestTooLarge."""
-    data = await _read_bounded(request, max_bytes)
+async def read_body(request: Request, schema: type[T], context: HttpContext) -> T:
+    """Raises InvalidRequest, naming the field, RequestTooLarge, and RequestCancelled."""
+    data = await _read_bounded(request, context)
     if len(data) <= _INLINE_BYTES:
         return _parse(schema, data)
     return await asyncio.to_thread(_parse, schema, data)
 
 
-async def _read_bounded(request: Request, max_bytes: int) -> bytes:
+async def _read_bounded(request: Request, context: HttpContext) -> bytes:
+    max_bytes, patience_s = context.max_body_bytes, context.slow_client_timeout_s
     chunks: list[bytes] = []
     num_bytes = 0
     give_up = time.monotonic() + _MAX_DISCARD_S
+    stream = request.stream()
     try:
-        async for chunk in request.stream():
+        while (chunk := await asyncio.wait_for(anext(stream, None), patience_s)) is not None:
             num_bytes += len(chunk)
             if num_bytes <= max_bytes:
                 chunks.append(chunk)
@@ -46,6 +49,8 @@ async def _read_bounded(request: Request, max_bytes: int) -> bytes:
                 break
     except ClientDisconnect as error:
         raise RequestCancelled("the client went away while it was sending") from error
+    except TimeoutError as error:
+        raise RequestCancelled(f"nothing of the body came for {patience_s:g} s") from error
     if num_bytes > max_bytes:
         raise RequestTooLarge(f"the body is larger than {max_bytes} bytes")
     return b"".join(chunks)

@@ -8,8 +8,9 @@ from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeVar
 
+import structlog
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from gateway.choice import Choice
 from gateway.http.errors import error_body
@@ -17,6 +18,7 @@ from gateway.requests import Event
 from stagemesh.errors import RequestCancelled, StageMeshError
 
 T = TypeVar("T")
+_log = structlog.get_logger(__name__)
 _DONE = b"data: [DONE]\n\n"
 
 
@@ -90,16 +92,31 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncGenerator[dict[str, Any], None], request_id: str) -> None:
+    def __init__(
+        self,
+        chunks: AsyncGenerator[dict[str, Any], None],
+        request_id: str,
+        slow_client_timeout_s: float,
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Request-Id": request_id})
         del self.headers["content-length"]
         self._chunks = chunks
+        self._slow_client_timeout_s = slow_client_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_in_time(message: Message) -> None:
+            """Waits while the connection's buffer is full."""
+            try:
+                async with asyncio.timeout(self._slow_client_timeout_s):
+                    await send(message)
+            except TimeoutError:
+                raise RequestCancelled("the client does not read") from None
+
         try:
-            await unless_disconnected(receive, self._send_all(send))
-        except RequestCancelled:
-            return  # nobody is there to be told
+            await unless_disconnected(receive, self._send_all(send_in_time))
+        except RequestCancelled as error:
+            # Nobody is there to be told; where somebody is, the server closes the connection.
+            _log.info("a stream ends early", reason=error.message)
 
     async def _send_all(self, send: Send) -> None:
         async with aclosing(self._chunks) as chunks:

@@ -15,7 +15,7 @@ from stagemesh.errors import InvalidRequest
 
 
 async def tokenize(context: HttpContext, request: Request) -> dict[str, Any]:
-    body = await read_body(request, TokenizeBody, context.max_body_bytes)
+    body = await read_body(request, TokenizeBody, context)
     service = context.service
     service.model.check_name(body.model or "")
     token_ids, _ = await service.preparer.prompt_token_ids(_prompt(body))
@@ -43,6 +43,6 @@ def _prompt(body: TokenizeBody) -> Prompt:
 
 
 async def detokenize(context: HttpContext, request: Request) -> dict[str, Any]:
-    body = await read_body(request, DetokenizeBody, context.max_body_bytes)
+    body = await read_body(request, DetokenizeBody, context)
     context.service.model.check_name(body.model or "")
     return {"prompt": await context.service.preparer.decode(body.tokens, skip_special=False)}

@@ -458,7 +458,7 @@ async def test_a_full_queue(gateway: Gateway, http: httpx.AsyncClient) -> None:
 async def test_the_deadline_of_http() -> None:
     scheduler = ScriptedScheduler(gate=0)
     async with (
-        scripted_gateway(DEMO_MODEL, scheduler, http_timeout_s=0.2) as gateway,
+        scripted_gateway(DEMO_MODEL, scheduler, default_timeout_s=0.2) as gateway,
         httpx.AsyncClient(base_url=gateway.url) as http,
     ):
         check_error(await http.post("/v1/completions", json=GENERATE), 504, None, "deadline")

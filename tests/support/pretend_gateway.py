@@ -34,6 +34,7 @@ class PretendGateway:
         self.tokens: dict[int, list[int]] = defaultdict(list)
         self.finished: dict[int, mesh_pb2.RequestFinished] = {}
         self.prompts: dict[int, tuple[tuple[int, ...], SamplingSpec, int]] = {}
+        self.num_heartbeats = 0
         self.refusal: mesh_pb2.GatewayEvent | None = None
         self.status: grpc.StatusCode | None = None
         self._writing = asyncio.Lock()
@@ -104,15 +105,22 @@ class PretendGateway:
         kind = event.WhichOneof("event")
         if kind == "mesh":
             self.mesh.append(event.mesh)
-        elif kind == "tokens":
-            tokens = self.tokens[event.tokens.request]
-            assert event.tokens.index == len(tokens), "a token is missing or doubled"
-            tokens += [token.token_id for token in event.tokens.tokens]
-        elif kind == "finished":
-            assert event.finished.request not in self.finished, "a second ending"
-            self.finished[event.finished.request] = event.finished
+        elif kind == "news":
+            for tokens in event.news.tokens:
+                self._take_tokens(tokens)
+            for finished in event.news.finished:
+                assert finished.request not in self.finished, "a second ending"
+                self.finished[finished.request] = finished
+        elif kind == "heartbeat":
+            self.num_heartbeats += 1
         elif kind == "refused":
             self.refusal = event
+
+    def _take_tokens(self, message: mesh_pb2.RequestTokens) -> None:
+        assert message.request not in self.finished, "a token after the end"
+        tokens = self.tokens[message.request]
+        assert message.index == len(tokens), "a token is missing or doubled"
+        tokens += [token.token_id for token in message.tokens]
 
     async def _beat(self) -> None:
         while True:

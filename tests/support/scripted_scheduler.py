@@ -57,6 +57,7 @@ class ScriptedScheduler(mesh_pb2_grpc.SchedulerServicer):
     num_finished: int = 0
     num_heartbeats: int = 0
     repeats: int = 0  # how often each token is sent again
+    beats: bool = True
     _streams: list[asyncio.Queue[mesh_pb2.GatewayEvent | None]] = field(default_factory=list)
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     _running: dict[int, asyncio.Task[None]] = field(default_factory=dict)
@@ -76,13 +77,22 @@ class ScriptedScheduler(mesh_pb2_grpc.SchedulerServicer):
         await context.write(mesh_pb2.GatewayEvent(mesh=self._state()))
         async with asyncio.TaskGroup() as tasks:
             reading = tasks.create_task(self._read(messages, events, tasks))
+            beating = tasks.create_task(self._beat(events))
             while (event := await events.get()) is not None:
                 await context.write(event)
                 self.num_finished += event.WhichOneof("event") == "finished"
             reading.cancel()
+            beating.cancel()
             for task in list(self._running.values()):
                 task.cancel()
         self._streams.remove(events)
+
+    async def _beat(self, events: asyncio.Queue[mesh_pb2.GatewayEvent | None]) -> None:
+        while True:
+            await asyncio.sleep(0.05)
+            if self.beats:
+                beat = mesh_pb2.SchedulerHeartbeat()
+                events.put_nowait(mesh_pb2.GatewayEvent(heartbeat=beat))
 
     def _state(self) -> mesh_pb2.MeshState:
         return mesh_pb2.MeshState(

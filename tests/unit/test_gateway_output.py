@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.paths import DEMO_MODEL
 
-from gateway.held_request import HeldRequest, MeshFinish, Submission
+from gateway.held_request import Admission, HeldRequest, MeshFinish, Submission
 from gateway.output import OutputAssembler
 from gateway.prepare import Prepared
 from gateway.requests import (
@@ -121,7 +121,7 @@ async def test_tokens_are_read_before_the_error_and_the_first_end_counts() -> No
     held = held_request()
     held.take(0, sampled([10]), [])
     held.fail(QueueFull("full"))
-    held.finish(MeshFinish(stopped=True))
+    held.finish(stopped=True)
     held.take(1, sampled([11]), [])
     assert [token.token_id for token in (await held.read()).tokens] == [10]
     for _ in range(2):
@@ -134,23 +134,22 @@ async def test_reading_waits_for_news() -> None:
     reading = asyncio.ensure_future(held.read())
     await asyncio.sleep(0)
     assert not reading.done()
-    held.finish(MeshFinish(stopped=False))
+    held.finish(stopped=False)
     assert (await reading).finish == MeshFinish(stopped=False)
 
 
 @pytest.mark.parametrize(
-    ("output", "finish"),
-    [
-        ([], None),
-        ([10], None),
-        ([10, 1], MeshFinish(stopped=True)),
-        ([10] * 8, MeshFinish(stopped=False)),
-    ],
+    ("output", "stopped"), [([], None), ([10], None), ([10, 1], True), ([10] * 8, False)]
 )
 async def test_an_end_that_was_not_told_is_seen_in_the_tokens(
-    output: list[int], finish: MeshFinish | None
+    output: list[int], stopped: bool | None
 ) -> None:
     held = held_request()
     held.take(0, sampled(output), [])
-    assert held.remainder() == finish
+    held.admitted(Admission(cached_prompt_tokens=3, queue_ns=5))
+    held.admitted(Admission())
+    held.finish_by_tokens()
+    assert held.ended == (stopped is not None)
+    if stopped is not None:
+        assert (await held.read()).finish == MeshFinish(stopped, Admission(3, 5))
     assert (held.sampling_to_resume().num_prompt_logprobs is None) == bool(output)
