@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import struct
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
-from simulation.fake_stage import FakeStage
-from simulation.pretend_model import NUM_LAYERS, VOCAB_SIZE
+import grpc.aio
+from support.pretend_stage import MODEL, PARTS, PretendStage, Shape
 
 from protos import mesh_pb2, mesh_pb2_grpc
 from stagemesh import wire
 from stagemesh.errors import InternalError, PeerLost, StageMeshError, StaleEpoch
-from stagemesh.plan import HopTiming, ModelSummary, Row, Span, StepResult
+from stagemesh.plan import Span
 from stagemesh.rpc import RpcServer, make_channel
 from stagemesh.transport import (
     Hello,
@@ -29,21 +27,9 @@ from stagemesh.transport import (
     push_handlers,
 )
 
+__all__ = ["MODEL", "PARTS", "PretendWorker", "Shape", "until"]
+
 WAIT_S = 20.0
-PARTS = ["embedding", *(f"layer.{index}" for index in range(NUM_LAYERS)), "norm", "head"]
-MODEL = ModelSummary(
-    name="pretend",
-    architecture="Pretend",
-    num_layers=NUM_LAYERS,
-    hidden_size=2,
-    vocab_size=VOCAB_SIZE,
-    max_position=256,
-    layer_bytes=100,
-    embedding_bytes=1,
-    head_bytes=1,
-    structure_hash="pretend",
-    part_hashes={part: part for part in PARTS},
-)
 
 
 async def until(condition: Callable[[], bool], what: str) -> None:
@@ -56,20 +42,12 @@ async def until(condition: Callable[[], bool], what: str) -> None:
         raise AssertionError(f"waited {WAIT_S} s for {what}") from None
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What a pretend worker has; `fixed` is its operator's wish."""
-
-    fixed: Span | None = None
-    num_blocks: int = 512
-    block_size: int = 4
-    model: ModelSummary = MODEL
-    dtype: str = "float32"
-
-
 class PretendWorker:
     """One process. `gate` holds steps back while it is clear; `epochs` are those that it joined;
-    `refusal` is why the scheduler did not want it."""
+    `refusal` is why the scheduler did not want it; `was_released` that it was told to shut down.
+    Pages go from one to another directly."""
+
+    by_address: ClassVar[dict[str, PretendWorker]] = {}
 
     def __init__(
         self, scheduler: str, worker_id: str, incarnation: int = 1, shape: Shape | None = None
@@ -79,6 +57,9 @@ class PretendWorker:
         self.gate.set()
         self.epochs: list[mesh_pb2.JoinEpoch] = []
         self.refusal: StageMeshError | None = None
+        self.was_released = False
+        self.loads = asyncio.Event()
+        self.loads.set()
         self.num_steps = 0
         self.num_loads = 0
         self.fail_next_step: StageMeshError | None = None
@@ -86,8 +67,7 @@ class PretendWorker:
         self._shape = shape or Shape()
         self._scheduler = scheduler
         self._incarnation = incarnation
-        self._loaded: mesh_pb2.SpanLoaded | None = None
-        self._stage: FakeStage | None = None
+        self._stage: PretendStage | None = None
         self._join: mesh_pb2.JoinEpoch | None = None
         self._joined = asyncio.Condition()
         self._next: PushStream | None = None
@@ -100,6 +80,7 @@ class PretendWorker:
     async def start(self) -> PretendWorker:
         self._server.server.add_generic_rpc_handlers((push_handlers(self),))
         self._address = await self._server.start()
+        self.by_address[self._address] = self
         self.attach()
         return self
 
@@ -116,15 +97,26 @@ class PretendWorker:
 
     async def kill(self) -> None:
         """The process is gone: no goodbye."""
+        self.by_address.pop(self._address, None)
         await self.detach()
         await self._server.stop(0)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    def drain(self) -> None:
+        """The process is told to stop."""
+        draining = mesh_pb2.WorkerDraining(reason="told to stop", remaining_ns=10**10)
+        self._outbox.put_nowait(mesh_pb2.WorkerMessage(draining=draining))
+
     @property
     def num_sequences(self) -> int:
-        return self._stage.num_held if self._stage else 0
+        return self._stage.num_sequences if self._stage else 0
+
+    @property
+    def num_tokens(self) -> int:
+        """That it computed since it loaded."""
+        return self._stage.num_tokens if self._stage else 0
 
     # ---- the control stream --------------------------------------------------------------------
 
@@ -142,8 +134,9 @@ class PretendWorker:
                     helper.cancel()
 
     async def _write(self, call: Any) -> None:
-        while True:
-            await call.write(await self._outbox.get())
+        with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
+            while True:
+                await call.write(await self._outbox.get())
 
     async def _beat(self) -> None:
         while True:
@@ -161,41 +154,31 @@ class PretendWorker:
             address=self._address,
             model=wire.model_summary_to_proto(shape.model),
             fixed_span=wire.span_to_proto(shape.fixed) if shape.fixed else None,
-            loaded=self._loaded,
+            loaded=self._stage.loaded if self._stage else None,
             dtype=wire.dtype_to_proto(shape.dtype),
+            available_memory_bytes=shape.available_memory_bytes,
         )
 
     async def _obey(self, command: mesh_pb2.WorkerCommand) -> None:
         kind = command.WhichOneof("command")
         if kind == "refused":
             self.refusal = wire.error_from_proto(command.refused)
+        elif kind == "shutdown":
+            self.was_released = True
+            await self._leave()
         elif kind == "load_span":
-            self._load(wire.span_from_proto(command.load_span.span))
+            self._spawn(self._load(wire.span_from_proto(command.load_span.span)))
         elif kind == "join_epoch":
             self._spawn(self._join_epoch(command.join_epoch))
         elif kind == "leave_epoch" and self._is_current(command.leave_epoch.epoch):
             await self._leave()
 
-    def _load(self, span: Span) -> None:
-        shape = self._shape
+    async def _load(self, span: Span) -> None:
         self.num_loads += 1
-        self._stage = FakeStage(
-            span.start,
-            range(span.start, span.end),
-            is_last=span.end == NUM_LAYERS,
-            num_blocks=shape.num_blocks,
-            block_size=shape.block_size,
-            dynamic_rope=0,
-            poison={},
-            salt=self._incarnation,
-        )
-        self._loaded = mesh_pb2.SpanLoaded(
-            span=wire.span_to_proto(span),
-            num_blocks=shape.num_blocks,
-            block_size_tokens=shape.block_size,
-            weight_bytes=100 * span.num_layers,
-        )
-        self._outbox.put_nowait(mesh_pb2.WorkerMessage(span_loaded=self._loaded))
+        self._stage = None
+        await self.loads.wait()
+        self._stage = PretendStage(span, self._shape, self._incarnation)
+        self._outbox.put_nowait(mesh_pb2.WorkerMessage(span_loaded=self._stage.loaded))
 
     # ---- epochs --------------------------------------------------------------------------------
 
@@ -203,7 +186,8 @@ class PretendWorker:
         assert self._stage is not None
         await self._leave()
         epoch = wire.epoch_from_proto(join.epoch)
-        self._stage.join(epoch, keep_kv=join.keep_kv)
+        self._stage.join(join)
+        has_pages = join.HasField("pages") and await self._fetch_pages(join)
         async with self._joined:
             self._join = join
             self._joined.notify_all()
@@ -214,8 +198,18 @@ class PretendWorker:
             self._report_broken(join, error, join.next_address)
             return
         self.epochs.append(join)
-        joined = mesh_pb2.EpochJoined(pipeline_id=join.pipeline_id, epoch=join.epoch)
+        joined = mesh_pb2.EpochJoined(
+            pipeline_id=join.pipeline_id, epoch=join.epoch, has_pages=has_pages
+        )
         self._outbox.put_nowait(mesh_pb2.WorkerMessage(epoch_joined=joined))
+
+    async def _fetch_pages(self, join: mesh_pb2.JoinEpoch) -> bool:
+        source = self.by_address.get(join.pages.address)
+        if source is None or source._stage is None or self._stage is None:
+            return False
+        await source._leave()
+        self._stage.fetch(source._stage, join.pages.block_ids)
+        return True
 
     async def _leave(self) -> None:
         self._join = None
@@ -254,22 +248,13 @@ class PretendWorker:
             error, self.fail_next_step = self.fail_next_step, None
             self._report_broken(join, error, "")
             raise error
-        if any(len(row.token_ids) == self.fails_on_sequences_of for row in message.step.rows):
+        if any(0 < row.num_tokens == self.fails_on_sequences_of for row in message.step.rows):
             error = InternalError("the row cannot be executed")
             self._report_broken(join, error, "")
             raise error
         self.num_steps += 1
-        outs, results = stage.execute(message.step, _unpack(message.step.rows, message.payload))
-        timings = (*message.timings, HopTiming(join.stage, compute_ns=1000))
-        if join.stage + 1 == join.num_stages:
-            step = message.step
-            answer = StepResult(step.pipeline_id, step.epoch, step.step, results, timings)
-            await stream.send(answer)
-            return
-        payload = _pack(outs)
-        frame = StepFrame(message.step, payload, "float32", len(payload) // 8, 2, timings)
         with contextlib.suppress(PeerLost):
-            await stream.send(frame)
+            await stream.send(stage.execute(message, join))
 
     async def broken(self, hello: Hello, error: StageMeshError | None) -> None:
         if self._join is not None and self._is_current(wire.epoch_to_proto(hello.epoch)):
@@ -280,15 +265,3 @@ class PretendWorker:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _pack(rows: Sequence[Sequence[int | None]]) -> bytes:
-    """Eight bytes a position, which the transport takes for two float32."""
-    return b"".join(struct.pack("<q", state) for row in rows for state in row)
-
-
-def _unpack(rows: Sequence[Row], payload: Any) -> list[list[int | None]]:
-    if not payload:
-        return [[] for _ in rows]
-    states = iter(struct.unpack(f"<{len(payload) // 8}q", payload))
-    return [[next(states) for _ in range(row.num_tokens)] for row in rows]
