@@ -9,7 +9,14 @@ from dataclasses import fields
 
 from protos import mesh_pb2
 from scheduler.core import EndReason, Finished, Request, RequestKey, Tokens
-from scheduler.messages import Command, JoinEpoch, LoadedSpan, LoadSpan, Registration
+from scheduler.messages import (
+    Command,
+    JoinEpoch,
+    LoadedSpan,
+    LoadSpan,
+    Registration,
+    ShutdownWorker,
+)
 from scheduler.workers import WorkerStats
 from stagemesh import wire
 from stagemesh.errors import ProtocolError
@@ -83,6 +90,8 @@ def command_to_proto(command: Command) -> mesh_pb2.WorkerCommand:
     if isinstance(command, LoadSpan):
         load = mesh_pb2.LoadSpan(span=wire.span_to_proto(command.span))
         return mesh_pb2.WorkerCommand(load_span=load)
+    if isinstance(command, ShutdownWorker):
+        return mesh_pb2.WorkerCommand(shutdown=mesh_pb2.ShutdownWorker(reason=command.reason))
     epoch = wire.epoch_to_proto(command.epoch)
     if isinstance(command, JoinEpoch):
         join = mesh_pb2.JoinEpoch(
@@ -94,6 +103,9 @@ def command_to_proto(command: Command) -> mesh_pb2.WorkerCommand:
             num_blocks=command.num_blocks,
             keep_kv=command.keep_kv,
         )
+        if command.pages_from:
+            join.pages.address = command.pages_from
+            join.pages.block_ids.extend(command.page_block_ids)
         return mesh_pb2.WorkerCommand(join_epoch=join)
     leave = mesh_pb2.LeaveEpoch(pipeline_id=command.pipeline_id, epoch=epoch)
     return mesh_pb2.WorkerCommand(leave_epoch=leave)

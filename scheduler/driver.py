@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Protocol
 
 import structlog
@@ -23,9 +24,11 @@ from scheduler.messages import (
     AddPipeline,
     CloseStream,
     Command,
+    DrainDone,
     Effect,
     EndSession,
     FailOldestStep,
+    JoinEpoch,
     OpenStream,
     RemovePipeline,
     ResumePipeline,
@@ -45,6 +48,7 @@ class Peers(Protocol):
     def end_worker(self, session: int, error: StageMeshError | None) -> None: ...
     def deliver(self, event: Tokens | Finished) -> None: ...
     def mesh_changed(self, view: MeshView) -> None: ...
+    def drain_done(self, done: DrainDone) -> None: ...
 
     def end_silent_gateways(self, now_ns: int) -> int | None:
         """Returns when the next lease ends."""
@@ -133,7 +137,9 @@ class Driver:
     def _apply(self, effect: Effect, peers: Peers, links: StepLinks, now_ns: int) -> None:
         match effect:
             case ToWorker(session, command):
-                peers.tell_worker(session, command)
+                peers.tell_worker(session, self._with_pages(command))
+            case DrainDone():
+                peers.drain_done(effect)
             case EndSession(session, error):
                 peers.end_worker(session, error)
             case OpenStream(pipeline_id, epoch, address):
@@ -160,6 +166,16 @@ class Driver:
             now = stats.get(pipeline.pipeline_id)
             if now is not None and now.num_lacking_tokens == 0:
                 pipeline.rebuilt(now.num_tokens_rebuilt, now_ns)
+
+    def _with_pages(self, command: Command) -> Command:
+        """Pages that are to be fetched are those in use, of a pipeline that is suspended by now."""
+        if not isinstance(command, JoinEpoch) or not command.pages_from:
+            return command
+        in_use = self.core.blocks_in_use(command.pipeline_id)
+        block_ids = tuple(block_id for block_id in in_use if block_id < command.num_blocks)
+        if pipeline := self.membership.pipeline(command.pipeline_id):
+            pipeline.handovers.num_blocks = len(block_ids)
+        return replace(command, page_block_ids=block_ids)
 
     async def _until_next_turn(self) -> None:
         deadlines = (

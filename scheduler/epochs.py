@@ -33,12 +33,14 @@ class Epochs:
 
     # ---- what workers say ----------------------------------------------------------------------
 
-    def joined(self, session: int, pipeline_id: str, epoch: Epoch) -> None:
+    def joined(
+        self, session: int, pipeline_id: str, epoch: Epoch, *, has_pages: bool = False
+    ) -> None:
         """Whether that was all comes out at the next `settle`."""
         worker = self._roster.on(session)
         pipeline = self._current(pipeline_id, epoch)
         if worker is not None and pipeline is not None and worker.pipeline is pipeline:
-            pipeline.worker_joined(worker)
+            pipeline.worker_joined(worker, has_pages=has_pages)
 
     def broken(
         self,

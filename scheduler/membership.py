@@ -12,10 +12,18 @@ from itertools import count
 import structlog
 
 from scheduler.agreement import MeshModel
+from scheduler.draining import Drains
 from scheduler.epochs import Epochs
 from scheduler.formation import Formation
 from scheduler.limits import MembershipLimits
-from scheduler.messages import Effect, EndSession, LoadedSpan, Registration
+from scheduler.messages import (
+    Effect,
+    EndSession,
+    LoadedSpan,
+    Registration,
+    ShutdownWorker,
+    ToWorker,
+)
 from scheduler.pipelines import MeshPipeline
 from scheduler.placement import check_num_stages, check_span
 from scheduler.roster import Roster
@@ -42,6 +50,7 @@ class Membership:
         self._formation = Formation(limits, term, self._effects.append)
         self._roster = Roster(limits.lease_ns, limits.reconnect_grace_ns)
         self.epochs = Epochs(limits, self.model, self._roster, self._formation)
+        self._drains = Drains(self._roster, self._formation, self._effects.append, self._release)
         self._numbers = count(1)
 
     # ---- what others ask -----------------------------------------------------------------------
@@ -125,6 +134,18 @@ class Membership:
             self._remove(worker, PeerLost(f"worker {worker.worker_id} left: {reason}"), now_ns)
             self._formation.forget_kv(worker)
 
+    def drain(
+        self, worker_id: str, to_worker_id: str = "", *, stay: bool = False, now_ns: int
+    ) -> int:
+        """Has the worker's place handed over, and the worker leave; DrainDone with the number that
+        is returned says that it is done. Raises InvalidRequest."""
+        return self._drains.start(worker_id, to_worker_id, stay=stay, now_ns=now_ns)
+
+    def draining(self, session: int, now_ns: int) -> None:
+        """The worker was told to stop and serves on until it is released."""
+        if worker := self._roster.on(session):
+            self._drains.start(worker.worker_id, "", stay=False, now_ns=now_ns)
+
     # ---- loading -------------------------------------------------------------------------------
 
     def load_progress(self, session: int, loaded_bytes: int, total_bytes: int) -> None:
@@ -163,7 +184,9 @@ class Membership:
             self._remove(worker, lost, now_ns)
         self.epochs.settle(now_ns, self.max_model_len)
         if self.model.summary is not None:
+            self._drains.take_back(now_ns)
             self._formation.update(self.workers, self.model.summary, now_ns)
+            self._drains.advance(now_ns)
         for worker, error in self.epochs.begin(now_ns):
             self._remove(worker, error, now_ns, refusal=error)
 
@@ -187,6 +210,13 @@ class Membership:
         worker.registration = registration
         worker.loaded, worker.loading = registration.loaded, None
         log.info("a worker is back", worker=worker.worker_id)
+
+    def _release(self, worker: Worker, now_ns: int) -> None:
+        """Nothing depends on the worker any more."""
+        if worker.session is not None:
+            self._effects.append(ToWorker(worker.session, ShutdownWorker("drained")))
+        self._remove(worker, PeerLost(f"worker {worker.worker_id} was released"), now_ns)
+        self._formation.forget_kv(worker)
 
     def _remove(
         self,

@@ -64,8 +64,9 @@ class JoinEpoch:
     next_address: str
     num_blocks: int
     keep_kv: bool
-    # Where pages of the pipeline's blocks in use are to be fetched; the driver knows which.
+    # Where pages are to be fetched, and which: those in use, as the driver fills in.
     pages_from: str = ""
+    page_block_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,14 @@ class LeaveEpoch:
     epoch: Epoch
 
 
-Command = LoadSpan | JoinEpoch | LeaveEpoch
+@dataclass(frozen=True, slots=True)
+class ShutdownWorker:
+    """The worker's process is to end."""
+
+    reason: str
+
+
+Command = LoadSpan | JoinEpoch | LeaveEpoch | ShutdownWorker
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +151,16 @@ class RemovePipeline:
     pipeline_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class DrainDone:
+    """Nothing depends on the worker any more; with an error it stays as it is."""
+
+    drain_id: int
+    successor_id: str = ""
+    num_blocks_moved: int = 0
+    error: StageMeshError | None = None
+
+
 Effect = (
     ToWorker
     | EndSession
@@ -153,4 +171,5 @@ Effect = (
     | ResumePipeline
     | FailOldestStep
     | RemovePipeline
+    | DrainDone
 )

@@ -17,6 +17,7 @@ import structlog
 from scheduler.agreement import MeshModel
 from scheduler.core import PipelineFacts
 from scheduler.holders import KvHolders
+from scheduler.joining import Handovers, Joining
 from scheduler.mending import Mending
 from scheduler.messages import (
     AddPipeline,
@@ -32,12 +33,17 @@ from scheduler.messages import (
     ToWorker,
 )
 from scheduler.patience import Patience
+from scheduler.stages import Stages
 from scheduler.trials import Trials
 from scheduler.workers import Worker
-from stagemesh.errors import InternalError, StageMeshError
+from stagemesh.errors import InternalError, PeerLost, StageMeshError
 from stagemesh.plan import Epoch, Span
 
 log = structlog.get_logger()
+
+
+# How much longer a join may take in which pages are fetched.
+_PAGES_FACTOR = 4
 
 
 class Phase(Enum):
@@ -46,7 +52,7 @@ class Phase(Enum):
     SERVING = "serving"
 
 
-class MeshPipeline:
+class MeshPipeline(Stages):
     def __init__(
         self,
         pipeline_id: str,
@@ -55,9 +61,8 @@ class MeshPipeline:
         emit: Callable[[Effect], None],
         patience: Patience,
     ) -> None:
+        super().__init__(spans)
         self.pipeline_id = pipeline_id
-        self.spans = tuple(spans)
-        self.workers: list[Worker | None] = [None] * len(spans)
         self.phase = Phase.IDLE
         self.epoch = Epoch(term, 0)
         # Room for KV in the latest epoch that served; 0 before.
@@ -69,11 +74,9 @@ class MeshPipeline:
         self.holders = KvHolders(len(spans))
         self._emit = emit
         self._is_successor = False
-        # Stages that joined this epoch, and whether they have their KV.
-        self._joined: dict[int, bool] = {}
-        self._is_stream_open = False
+        self._joining = Joining(len(spans))
+        self.handovers = Handovers()
         self._had_step = False
-        self._join_deadline_ns = 0
         self._retry_ns = 0
 
     # ---- what others ask -----------------------------------------------------------------------
@@ -91,32 +94,6 @@ class MeshPipeline:
         """Whether its cut stays though others come: it served, or goes on for one that did."""
         return self.has_served or self._is_successor
 
-    @property
-    def num_stages(self) -> int:
-        return len(self.spans)
-
-    @property
-    def members(self) -> list[Worker]:
-        return [worker for worker in self.workers if worker is not None]
-
-    @property
-    def vacancies(self) -> list[int]:
-        return [stage for stage, worker in enumerate(self.workers) if worker is None]
-
-    def is_ready(self, stage: int) -> bool:
-        """Whether the stage's worker is there with its span loaded."""
-        worker = self.workers[stage]
-        return (
-            worker is not None
-            and worker.session is not None
-            and worker.loading is None
-            and worker.holds(self.spans[stage])
-        )
-
-    @property
-    def is_complete(self) -> bool:
-        return all(map(self.is_ready, range(self.num_stages)))
-
     def facts(self, model: MeshModel, max_model_len: int) -> PipelineFacts:
         assert model.summary is not None
         return PipelineFacts(
@@ -128,22 +105,11 @@ class MeshPipeline:
             max_model_len=max_model_len,
             model_identity=model.identity,
             dynamic_rope_length=model.summary.dynamic_rope_length,
-            num_log_blocks=self._num_log_blocks(),
+            num_log_blocks=self.num_log_blocks,
         )
 
     def is_current(self, epoch: Epoch) -> bool:
         return self.phase is not Phase.IDLE and epoch == self.epoch
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks of the smallest stage; 0 where one is not loaded."""
-        loads = [worker.loaded for worker in self.members]
-        return min((load.num_blocks if load else 0 for load in loads), default=0)
-
-    @property
-    def block_size_tokens(self) -> int:
-        load = self.members[0].loaded if self.members else None
-        return load.block_size_tokens if load else 0
 
     def is_out_of_patience(self, now_ns: int) -> bool:
         """Whether it is to be cut anew, since nobody comes for a place of it."""
@@ -153,7 +119,7 @@ class MeshPipeline:
     def wakeup_ns(self) -> int | None:
         """When `advance` has something to do, if nothing else happens."""
         if self.phase is Phase.JOINING:
-            return self._join_deadline_ns
+            return self._joining.deadline_ns
         return self._retry_ns if self.phase is Phase.IDLE and self.is_complete else None
 
     # ---- members -------------------------------------------------------------------------------
@@ -173,10 +139,23 @@ class MeshPipeline:
     def vacate(self, worker: Worker, error: StageMeshError, now_ns: int) -> None:
         """The worker is no longer of the pipeline. What KV it has may be of use yet."""
         self.end_epoch(error, now_ns)
-        self.workers[self.workers.index(worker)] = None
-        worker.pipeline = None
+        stage = self.workers.index(worker)
+        self.workers[stage] = worker.pipeline = None
+        self.handovers.give_up(stage)
         self.trials.begin_anew()
         self._retry_ns = now_ns
+
+    def hand_over(self, stage: int, successor: Worker, now_ns: int) -> None:
+        """The stage moves to a worker that has its layers, and fetches the KV."""
+        old = self.workers[stage]
+        assert old is not None
+        has_kv = self.holders.holds(stage, old)
+        self._had_step = False  # this end is no failure of anybody's
+        news = f"worker {old.worker_id} hands over to {successor.worker_id}"
+        self.vacate(old, PeerLost(news), now_ns)
+        self.place(stage, successor)
+        if has_kv:
+            self.handovers.begin(stage, old)
 
     def drop_kv(self) -> None:
         """Nothing of it is worth anything: what it was of is computed again."""
@@ -195,40 +174,42 @@ class MeshPipeline:
             self.mending.filled_ns = (self.mending.filled_ns or now_ns) if is_complete else None
         if not is_complete or now_ns < self._retry_ns:
             return False
-        self._begin_epoch(now_ns + join_timeout_ns)
+        self._begin_epoch(now_ns + join_timeout_ns * (_PAGES_FACTOR if self.handovers else 1))
         return True
 
     def late_members(self, now_ns: int) -> list[Worker]:
         """Those who have not joined in time."""
         if not self.is_late(now_ns):
             return []
-        places = enumerate(self.workers)
-        return [each for stage, each in places if each is not None and stage not in self._joined]
+        places, joined = enumerate(self.workers), self._joining.stages
+        return [each for stage, each in places if each is not None and stage not in joined]
 
     def is_late(self, now_ns: int) -> bool:
-        return self.phase is Phase.JOINING and now_ns >= self._join_deadline_ns
+        return self.phase is Phase.JOINING and now_ns >= self._joining.deadline_ns
 
-    def worker_joined(self, worker: Worker) -> None:
+    def worker_joined(self, worker: Worker, *, has_pages: bool) -> None:
         stage = self.workers.index(worker)
-        self._joined[stage] = self.holders.holds(stage, worker)
+        if has_pages and self.mending is not None:
+            self.mending.num_blocks_moved += self.handovers.num_blocks
+        self._joining.stages[stage] = has_pages or self.holders.holds(stage, worker)
 
     def stream_opened(self) -> None:
-        self._is_stream_open = True
+        self._joining.is_stream_open = True
 
     @property
     def has_joined(self) -> bool:
         """Whether the epoch that is being joined has everybody."""
-        everybody = len(self._joined) == self.num_stages and self._is_stream_open
-        return self.phase is Phase.JOINING and everybody
+        return self.phase is Phase.JOINING and self._joining.is_done
 
     def serve(self, facts: PipelineFacts, now_ns: int) -> None:
         """Everybody has joined."""
-        lost_stages = frozenset(stage for stage, has_kv in self._joined.items() if not has_kv)
+        lost_stages = self._joining.lost_stages
         if self.holders.is_counted_on:
             self._emit(ResumePipeline(facts, lost_stages))
         else:
             self._emit(AddPipeline(facts))
         self.holders.settle(self.members)
+        self.handovers.done()
         self.phase = Phase.SERVING
         self.num_tokens_served = facts.num_blocks * facts.block_size_tokens
         if self.mending is not None and self.mending.joined_ns is None:
@@ -284,9 +265,8 @@ class MeshPipeline:
     def _begin_epoch(self, deadline_ns: int) -> None:
         self.epoch = Epoch(self.epoch.term, self.epoch.n + 1)
         self.phase = Phase.JOINING
-        self._joined = {}
-        self._is_stream_open = self._had_step = False
-        self._join_deadline_ns = deadline_ns
+        self._joining = Joining(self.num_stages, deadline_ns)
+        self._had_step = False
         addresses = [worker.registration.address for worker in self.members]
         for stage, worker in enumerate(self.members):
             is_last = stage + 1 == self.num_stages
@@ -305,12 +285,8 @@ class MeshPipeline:
             next_address=next_address,
             num_blocks=self.num_blocks,
             keep_kv=self.holders.holds(stage, worker),
+            pages_from=self.handovers.address(stage),
         )
-
-    def _num_log_blocks(self) -> tuple[int, ...]:
-        """What a last stage sends is nobody's input."""
-        loads = [worker.loaded for worker in self.members]
-        return (*(load.num_log_blocks if load else 0 for load in loads[:-1]), 0)
 
     def _tell(self, worker: Worker, command: JoinEpoch | LeaveEpoch) -> None:
         if worker.session is not None:

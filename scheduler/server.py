@@ -7,6 +7,7 @@ each incarnation unless the host's clock is set back.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,14 +22,14 @@ from scheduler.gateways import Gateways
 from scheduler.links import ResultLinks
 from scheduler.membership import Membership
 from scheduler.mesh_view import MeshView
-from scheduler.messages import Command
+from scheduler.messages import Command, DrainDone
 from scheduler.options import SchedulerOptions
 from scheduler.outbox import Context
 from scheduler.status import status_of
 from scheduler.worker_sessions import WorkerSessions
 from stagemesh.addresses import advertised_address
 from stagemesh.errors import MeshUnavailable, StageMeshError
-from stagemesh.rpc import RpcServer
+from stagemesh.rpc import RpcServer, abort_with
 from stagemesh.transport import push_handlers
 
 SERVICE_NAME = "stagemesh.v1.Scheduler"
@@ -73,6 +74,8 @@ class SchedulerService(mesh_pb2_grpc.SchedulerServicer):
         self._driver = driver
         self._server = server
         self._start_ns = time.monotonic_ns()
+        # Who waits for the end of a drain, by its number.
+        self._drains: dict[int, list[asyncio.Future[DrainDone]]] = {}
         pace = {
             "term": driver.membership.term,
             "heartbeat_interval_ms": round(options.heartbeat_interval_s * 1000),
@@ -104,6 +107,17 @@ class SchedulerService(mesh_pb2_grpc.SchedulerServicer):
                 now_ns - self._start_ns,
             )
 
+    async def DrainWorker(  # noqa: N802
+        self, request: mesh_pb2.DrainWorkerRequest, context: Context
+    ) -> mesh_pb2.DrainWorkerResponse:
+        try:
+            done = await self._drained(request)
+        except StageMeshError as error:
+            await abort_with(context, error)
+        return mesh_pb2.DrainWorkerResponse(
+            successor_id=done.successor_id, num_blocks_moved=done.num_blocks_moved
+        )
+
     # ---- peers of the driver -------------------------------------------------------------------
 
     def tell_worker(self, session: int, command: Command) -> None:
@@ -119,6 +133,11 @@ class SchedulerService(mesh_pb2_grpc.SchedulerServicer):
         self._server.set_serving(view.serving, MESH_CHECK)
         self._gateways.mesh_changed(view)
 
+    def drain_done(self, done: DrainDone) -> None:
+        for waiting in self._drains.pop(done.drain_id, ()):
+            if not waiting.done():
+                waiting.set_result(done)
+
     def end_silent_gateways(self, now_ns: int) -> int | None:
         return self._gateways.end_silent(now_ns)
 
@@ -130,6 +149,19 @@ class SchedulerService(mesh_pb2_grpc.SchedulerServicer):
         self._workers.end_all()
 
     # ---- inside --------------------------------------------------------------------------------
+
+    async def _drained(self, request: mesh_pb2.DrainWorkerRequest) -> DrainDone:
+        """It goes on though whoever asked for it has gone. Raises what speaks against it."""
+        with self._driver.acting() as now_ns:
+            drain_id = self._driver.membership.drain(
+                request.worker_id, request.to_worker_id, stay=request.stay, now_ns=now_ns
+            )
+        waiting: asyncio.Future[DrainDone] = asyncio.get_running_loop().create_future()
+        self._drains.setdefault(drain_id, []).append(waiting)
+        done = await waiting
+        if done.error is not None:
+            raise done.error
+        return done
 
     def _own_address(self, peer: str) -> str:
         """As the worker at `peer` ("ipv4:1.2.3.4:5", "ipv6:[::1]:5") reaches it, for results."""

@@ -52,6 +52,7 @@ def _worker(worker: Worker) -> mesh_pb2.WorkerStatus:
         weight_bytes=loaded.weight_bytes if loaded else 0,
         stats=stats_to_proto(worker.stats),
         load_fraction=worker.load_fraction if worker.loading else 0.0,
+        draining=worker.is_draining,
         error=str(worker.error) if worker.error else "",
     )
 

@@ -106,6 +106,8 @@ class WorkerSessions:
                 members.failed(session, wire.error_from_proto(message.failed), now_ns)
             elif kind == "goodbye":
                 members.goodbye(session, message.goodbye.reason, now_ns)
+            elif kind == "draining":
+                members.draining(session, now_ns)
             elif kind == "register":
                 raise ProtocolError("a worker registers once")
             elif kind in ("epoch_joined", "epoch_broken"):
@@ -116,7 +118,7 @@ class WorkerSessions:
         if message.WhichOneof("message") == "epoch_joined":
             joined = message.epoch_joined
             epoch = wire.epoch_from_proto(joined.epoch)
-            epochs.joined(session, joined.pipeline_id, epoch)
+            epochs.joined(session, joined.pipeline_id, epoch, has_pages=joined.has_pages)
             return
         broken = message.epoch_broken
         epochs.broken(

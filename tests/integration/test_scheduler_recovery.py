@@ -3,20 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from support.pretend_gateway import PretendGateway, PretendMesh, pretend_mesh, prompt_of
+from support.pretend_gateway import pretend_mesh
+from support.pretend_streams import EVERYBODY, streams
 from support.pretend_workers import until
-
-NUM_REQUESTS = 6
-
-
-async def streams(mesh: PretendMesh) -> PretendGateway:
-    """Requests in mid-decode."""
-    gateway = await mesh.gateway()
-    for number in range(NUM_REQUESTS):
-        await gateway.submit(number, prompt_of(number, 40), 100)
-    everybody = range(NUM_REQUESTS)
-    await until(lambda: all(len(gateway.tokens[n]) > 3 for n in everybody), "tokens of all")
-    return gateway
 
 
 @pytest.mark.parametrize("lost", ["w0", "w1", "w2"])
@@ -27,8 +16,8 @@ async def test_a_spare_takes_over_and_only_its_stage_is_rebuilt(lost: str) -> No
         before = {name: worker.num_tokens for name, worker in mesh.workers.items()}
         await mesh.workers.pop(lost).kill()
         await until(lambda: spare.num_tokens > 0, "the spare to compute")
-        await gateway.wait_finished(*range(NUM_REQUESTS))
-        gateway.check(*range(NUM_REQUESTS))
+        await gateway.wait_finished(*EVERYBODY)
+        gateway.check(*EVERYBODY)
         status = await mesh.wait_idle()
         mending = status.pipelines[0].mending
         assert mending.fill_ns < 500e6, "from the loss to a whole pipeline"
@@ -52,6 +41,6 @@ async def test_a_worker_that_is_killed_while_its_predecessor_is_replaced() -> No
         await until(lambda: bool(first.epochs and second.epochs), "the other to join")
         first.gate.set()
         second.gate.set()
-        await gateway.wait_finished(*range(NUM_REQUESTS))
-        gateway.check(*range(NUM_REQUESTS))
+        await gateway.wait_finished(*EVERYBODY)
+        gateway.check(*EVERYBODY)
         assert (await mesh.wait_idle()).queue.num_preempted == 0

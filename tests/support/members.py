@@ -13,17 +13,19 @@ from scheduler.membership import Membership
 from scheduler.messages import (
     AddPipeline,
     CloseStream,
+    Command,
+    DrainDone,
     Effect,
     EndSession,
     FailOldestStep,
     JoinEpoch,
-    LeaveEpoch,
     LoadedSpan,
     LoadSpan,
     OpenStream,
     Registration,
     RemovePipeline,
     ResumePipeline,
+    ShutdownWorker,
     SuspendPipeline,
     ToWorker,
 )
@@ -68,10 +70,12 @@ class FakeWorker:
     session: int
     loads: bool = True
     joins: bool = True
+    # Whether it can fetch pages.
+    fetches: bool = True
     num_blocks: int = 100
     block_size_tokens: int = 16
     loaded: LoadedSpan | None = None
-    commands: list[LoadSpan | JoinEpoch | LeaveEpoch] = field(default_factory=list)
+    commands: list[Command] = field(default_factory=list)
     # Which of all KV that ever was its own is.
     kv: int | None = None
 
@@ -104,6 +108,7 @@ class FakeMesh:
         self.resumes: list[tuple[str, set[int]]] = []
         self.failed_steps: list[str] = []
         self.ended: dict[int, str | None] = {}
+        self.drained: dict[int, DrainDone] = {}
         self.streams_open = True
         self._open: set[tuple[str, object]] = set()
         self._sessions = iter(range(1, 10**6))
@@ -207,6 +212,9 @@ class FakeMesh:
                 self.core[facts.pipeline_id] = facts
                 self.resumes.append((facts.pipeline_id, set(lost_stages)))
                 self._settle_kv(facts, lost_stages)
+            case DrainDone(drain_id):
+                assert drain_id not in self.drained
+                self.drained[drain_id] = effect
             case FailOldestStep(pipeline_id, _):
                 assert pipeline_id in self.core.keys() - self.suspended
                 self.failed_steps.append(pipeline_id)
@@ -214,11 +222,13 @@ class FakeMesh:
                 del self.core[pipeline_id]
                 self.suspended.discard(pipeline_id)
 
-    def _obey(self, session: int, command: LoadSpan | JoinEpoch | LeaveEpoch) -> None:
+    def _obey(self, session: int, command: Command) -> None:
         worker = next((w for w in self.workers.values() if w.session == session), None)
         if worker is None:  # a process that was replaced
             return
         worker.commands.append(command)
+        if isinstance(command, ShutdownWorker):
+            del self.workers[worker.registration.worker_id]
         if isinstance(command, LoadSpan):
             worker.kv = None
             if worker.loads:
@@ -230,9 +240,21 @@ class FakeMesh:
         if join.keep_kv:
             assert worker.kv == self._kv[join.pipeline_id][join.stage], "KV that it has not"
         else:
-            worker.kv = None
+            worker.kv = self._fetched(worker, join)
         if worker.joins:
-            self.members.epochs.joined(worker.session, join.pipeline_id, join.epoch)
+            self.members.epochs.joined(
+                worker.session, join.pipeline_id, join.epoch, has_pages=worker.kv is not None
+            )
+
+    def _fetched(self, worker: FakeWorker, join: JoinEpoch) -> int | None:
+        """The KV that came from the named worker, if it did."""
+        if not join.pages_from:
+            return None
+        assert join.pipeline_id in self.suspended, "pages move only where nothing is written"
+        sources = [w for w in self.workers.values() if w.registration.address == join.pages_from]
+        kv = sources[0].kv if sources and worker.fetches else None
+        assert kv in (None, self._kv[join.pipeline_id][join.stage]), "KV of something else"
+        return kv
 
     def _settle_kv(self, facts: PipelineFacts, lost_stages: Iterable[int]) -> None:
         """Who joined has what is computed from now on, and what was unless its stage is lost."""

@@ -155,6 +155,14 @@ class PretendMesh:
         status: mesh_pb2.GetStatusResponse = await stub.GetStatus(mesh_pb2.GetStatusRequest())
         return status
 
+    async def drain(
+        self, worker_id: str, to: str = "", *, stay: bool = False
+    ) -> mesh_pb2.DrainWorkerResponse:
+        stub = mesh_pb2_grpc.SchedulerStub(self.channel)  # type: ignore[no-untyped-call]
+        request = mesh_pb2.DrainWorkerRequest(worker_id=worker_id, to_worker_id=to, stay=stay)
+        response: mesh_pb2.DrainWorkerResponse = await stub.DrainWorker(request, timeout=20)
+        return response
+
     async def wait_status(self, condition: Any, what: str) -> mesh_pb2.GetStatusResponse:
         status = await self.status()
         async with asyncio.timeout(20):
