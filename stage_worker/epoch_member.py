@@ -66,6 +66,7 @@ class EpochMember:
         own_address: str,
         reports: EpochReports,
         on_accepting: Callable[[], None],
+        ping_timeout_s: float,
     ) -> None:
         self.place = place
         self.held = held
@@ -77,6 +78,7 @@ class EpochMember:
         self._own_address = own_address
         self._reports = reports
         self._on_accepting = on_accepting
+        self._ping_timeout_s = ping_timeout_s
         self._next_step = 0
         self._executing: asyncio.Queue[tuple[StepFrame, asyncio.Future[Outcome[StageOutput]]]]
         self._executing = asyncio.Queue()
@@ -165,7 +167,11 @@ class EpochMember:
         hello = Hello(place.pipeline_id, place.epoch, place.stage + 1, self._own_address)
         try:
             return await open_push_stream(
-                place.next_address, hello, timeout_s=OPEN_TIMEOUT_S, traffic=self._stats.traffic
+                place.next_address,
+                hello,
+                timeout_s=OPEN_TIMEOUT_S,
+                traffic=self._stats.traffic,
+                ping_timeout_s=self._ping_timeout_s,
             )
         except StageMeshError as error:
             self.fail(error, place.next_address)

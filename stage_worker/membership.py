@@ -16,7 +16,7 @@ from stage_worker.span_holder import HeldSpan
 from stage_worker.stats import Stats
 from stagemesh.errors import PeerLost, ProtocolError, StageMeshError, StaleEpoch
 from stagemesh.plan import Epoch
-from stagemesh.transport import Hello, Message
+from stagemesh.transport import PING_TIMEOUT_S, Hello, Message
 
 # A neighbour that was told of an epoch before this worker was may dial this early.
 EARLY_HELLO_TIMEOUT_S = 10.0
@@ -36,6 +36,7 @@ class Membership:
         reports: EpochReports,
     ) -> None:
         self.own_address = ""  # what neighbours are told; known once the server is bound
+        self.ping_timeout_s = PING_TIMEOUT_S  # the scheduler's lease, once it said so
         self._group = group
         self._device = device
         self._stats = stats
@@ -52,6 +53,11 @@ class Membership:
         """Whether steps can be executed: an epoch is joined and has not ended."""
         member = self._current
         return member is not None and member.joined and not member.ended
+
+    @property
+    def term(self) -> int:
+        """Of the latest scheduler that was followed; 0 for none."""
+        return self._term
 
     def follow_term(self, term: int) -> None:
         """Raises StaleEpoch for a scheduler that was replaced by one this worker has met."""
@@ -73,7 +79,14 @@ class Membership:
         self.leave()
         self._latest[place.pipeline_id] = place.epoch
         member = EpochMember(
-            place, held, self._device, self._stats, self.own_address, self._reports, self._wake
+            place,
+            held,
+            self._device,
+            self._stats,
+            self.own_address,
+            self._reports,
+            self._wake,
+            self.ping_timeout_s,
         )
         self._current = member
         self._group.create_task(member.run())

@@ -63,7 +63,10 @@ async def serve(options: WorkerOptions, on_ready: OnReady | None = None) -> None
                 Parts(device, holder, stats, group),
                 functools.partial(_set_health, server),
             )
-            handlers = push_handlers(worker.membership, stats.traffic)
+            membership = worker.membership
+            handlers = push_handlers(
+                membership, stats.traffic, ping_timeout_s=lambda: membership.ping_timeout_s
+            )
             server.server.add_generic_rpc_handlers((handlers,))
             bound = await server.start()
             address = await _own_address(bound, options)

@@ -80,6 +80,7 @@ class Worker:
     def registration(self) -> mesh_pb2.RegisterWorker:
         registration = mesh_pb2.RegisterWorker()
         registration.CopyFrom(self._identity)
+        registration.followed_term = self.membership.term
         if self._parts.holder.held is not None:
             registration.loaded.CopyFrom(_span_loaded(self._parts.holder.held))
         return registration
@@ -91,6 +92,8 @@ class Worker:
 
     def attached(self, welcome: mesh_pb2.WelcomeWorker) -> None:
         self.membership.follow_term(welcome.term)
+        if welcome.lease_ms:
+            self.membership.ping_timeout_s = welcome.lease_ms / 1000
         self._attached = True
         self._tell_health()
         log.info("attached to the scheduler", term=welcome.term)

@@ -20,6 +20,9 @@ from stagemesh.errors import ProtocolError, StageMeshError
 from stagemesh.plan import Epoch, HopTiming, Step, StepResult
 from stagemesh.rpc import MAX_FRAME_BYTES, MAX_HEADER_BYTES
 
+SENT_FRAME_BYTES = 2**19
+"""Payload of one frame as this side cuts them: a slow link still shows that something moves."""
+
 MAX_PAYLOAD_BYTES = 512 * 2**20
 """Hidden states of one step, over all of its frames."""
 
@@ -146,11 +149,11 @@ def _encode_step(message: StepFrame) -> Iterator[bytes]:
     )
     step_header.timings.extend(_finished_timings(message.timings, start_ns))
     header = plan_pb2.FrameHeader(step=step_header)
-    yield encode_frame(header, payload[:MAX_FRAME_BYTES])
-    for offset in range(MAX_FRAME_BYTES, len(payload), MAX_FRAME_BYTES):
+    yield encode_frame(header, payload[:SENT_FRAME_BYTES])
+    for offset in range(SENT_FRAME_BYTES, len(payload), SENT_FRAME_BYTES):
         continuation = plan_pb2.Continuation(step=message.step.step, offset_bytes=offset)
         header = plan_pb2.FrameHeader(continuation=continuation)
-        yield encode_frame(header, payload[offset : offset + MAX_FRAME_BYTES])
+        yield encode_frame(header, payload[offset : offset + SENT_FRAME_BYTES])
 
 
 def _finished_timings(

@@ -1,7 +1,9 @@
 """The dialling side of the data streams: pushes steps to the next process, results to the last.
 
 One stream per hop and epoch, one connection per stream. What broke it is told to whoever sends or
-waits. What steps mean, and when to dial again, is the business of others.
+waits. A peer is lost when it has neither answered a ping nor taken a frame for some time; gRPC's
+own keepalive is slower and never the first to notice. What steps mean, and when to dial again, is
+the business of others.
 """
 
 from __future__ import annotations
@@ -27,14 +29,15 @@ from stagemesh.frames import (
     hello_header,
 )
 from stagemesh.rpc import make_channel, read_from
+from stagemesh.silence import Silence
 from stagemesh.wire import error_from_proto
 
 SERVICE_NAME = "stagemesh.v1.StageTransport"
 METHOD_NAME = "Push"
 
 MAX_QUEUED_MESSAGES = 64
-PING_INTERVAL_S = 2.0
-PING_TIMEOUT_S = 15.0
+PING_INTERVAL_S = 0.5
+PING_TIMEOUT_S = 2.0
 CLOSE_TIMEOUT_S = 1.0
 
 log = structlog.get_logger()
@@ -51,13 +54,19 @@ class Traffic:
 
 
 async def open_push_stream(
-    address: str, hello: Hello, *, timeout_s: float, traffic: Traffic | None = None
+    address: str,
+    hello: Hello,
+    *,
+    timeout_s: float,
+    traffic: Traffic | None = None,
+    ping_timeout_s: float = PING_TIMEOUT_S,
 ) -> PushStream:
-    """A stream to `address`, once the peer has accepted it.
+    """A stream to `address`, once the peer has accepted it, which may take `timeout_s`.
 
-    Raises what the peer refused with (StaleEpoch, ...), or PeerLost.
+    From then on it breaks when nothing is heard of the peer for `ping_timeout_s`. Raises what the
+    peer refused with (StaleEpoch, ...), or PeerLost.
     """
-    stream = PushStream(address, traffic or Traffic())
+    stream = PushStream(address, traffic or Traffic(), ping_timeout_s)
     try:
         async with asyncio.timeout(timeout_s):
             await stream.introduce(hello)
@@ -76,9 +85,10 @@ class PushStream:
     `rtt_ns` is the round trip of the latest ping, through the peer's event loop.
     """
 
-    def __init__(self, address: str, traffic: Traffic) -> None:
+    def __init__(self, address: str, traffic: Traffic, ping_timeout_s: float) -> None:
         self.address = address
         self.rtt_ns = 0
+        self._silence = Silence(ping_timeout_s)
         self._traffic = traffic
         self._channel = make_channel(address)
         self._call: grpc.aio.StreamStreamCall[Any, Any] = self._channel.stream_stream(
@@ -87,15 +97,23 @@ class PushStream:
         self._outbox: asyncio.Queue[Message | None] = asyncio.Queue(MAX_QUEUED_MESSAGES)
         # gRPC takes one write at a time; held per frame, so that a ping overtakes a long message.
         self._writing = asyncio.Lock()
-        self._pongs: asyncio.Queue[int] = asyncio.Queue()
+        self._ponged = asyncio.Event()
         self._broken: asyncio.Future[StageMeshError] = asyncio.get_running_loop().create_future()
         self._task: asyncio.Task[None] | None = None
 
     async def introduce(self, hello: Hello) -> None:
-        """Returns when the peer has accepted: it takes frames in order, so its pong says so."""
-        await self._write(encode_frame(hello_header(hello)))
-        await self._write(encode_frame(_ping_header(0)))
-        await self._read_pong()
+        """Returns when the peer has accepted: it takes frames in order, so its pong says so.
+
+        Reads before it writes: a write that fails since the peer has refused already would keep
+        gRPC from reading why.
+        """
+        accepted = asyncio.create_task(self._read_pong())
+        try:
+            await self._write(encode_frame(hello_header(hello)))
+            await self._write(encode_frame(_ping_header(0)))
+            await accepted
+        finally:
+            accepted.cancel()
         self._task = asyncio.create_task(self._run(), name=f"push stream to {self.address}")
 
     async def send(self, message: Message) -> None:
@@ -139,12 +157,15 @@ class PushStream:
 
     async def _run(self) -> None:
         try:
-            async with asyncio.TaskGroup() as group:
+            async with self._silence.limited(), asyncio.TaskGroup() as group:
                 group.create_task(self._send_messages())
                 group.create_task(self._take_pongs())
                 group.create_task(self._ping())
         except* StageMeshError as errors:
             self._break(_first(errors))
+        except* TimeoutError:
+            silent = f"{self.address} was silent for {self._silence.limit_s:g} s"
+            self._break(PeerLost(silent))
         except* Exception as errors:
             log.exception("a push stream failed", address=self.address)
             self._break(InternalError(f"the stream to {self.address} failed: {_first(errors)!r}"))
@@ -155,24 +176,25 @@ class PushStream:
         while (message := await self._outbox.get()) is not None:
             for frame in encode_message(message):
                 await self._write(frame)
+                self._silence.heard()  # a frame that was taken says that the last one went
                 self._traffic.bytes_sent += len(frame)
             self._traffic.messages_sent += 1
         await self._call.done_writing()
 
     async def _take_pongs(self) -> None:
         while True:
-            await self._pongs.put(await self._read_pong())
+            await self._read_pong()
+            self._silence.heard()
+            self._ponged.set()
 
     async def _ping(self) -> None:
+        interval_s = min(PING_INTERVAL_S, self._silence.limit_s / 4)
         for nonce in itertools.count(1):
-            await asyncio.sleep(PING_INTERVAL_S)
+            await asyncio.sleep(interval_s)
+            self._ponged.clear()
             start_ns = time.perf_counter_ns()
-            try:
-                async with asyncio.timeout(PING_TIMEOUT_S):
-                    await self._write(encode_frame(_ping_header(nonce)))
-                    await self._pongs.get()
-            except TimeoutError:
-                raise PeerLost(f"{self.address} was silent for {PING_TIMEOUT_S:g} s") from None
+            await self._write(encode_frame(_ping_header(nonce)))
+            await self._ponged.wait()
             self.rtt_ns = time.perf_counter_ns() - start_ns
 
     async def _write(self, frame: bytes) -> None:

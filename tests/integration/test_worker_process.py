@@ -121,9 +121,15 @@ async def test_a_worker_without_a_scheduler_waits_for_one() -> None:
             await (await scheduler.worker()).load(0, 1)
 
 
-async def test_a_neighbour_killed_is_noticed_at_once() -> None:
+@pytest.mark.parametrize(
+    ("number", "limit_s"), [(signal.SIGKILL, 0.5), (signal.SIGSTOP, 1.0)], ids=["killed", "frozen"]
+)
+async def test_a_neighbour_that_is_gone_is_noticed(number: signal.Signals, limit_s: float) -> None:
+    """A killed one at once, a frozen one within the lease: by whom it sent to, and who sent to it.
+
+    Twice that is allowed, for a machine with much else to do."""
     async with (
-        link_scheduler() as scheduler,
+        link_scheduler(lease_ms=1000) as scheduler,
         local_worker(DEMO_MODEL, scheduler.address, worker_id="0"),
         worker_process(DEMO_MODEL, scheduler.address, "--worker-id", "1") as second,
         local_worker(DEMO_MODEL, scheduler.address, worker_id="2"),
@@ -138,15 +144,14 @@ async def test_a_neighbour_killed_is_noticed_at_once() -> None:
         await step(scheduler, stream, Epoch(1, 1), 0, [row])
 
         start = time.monotonic()
-        second.signal(signal.SIGKILL)
+        second.signal(number)
         for neighbour in (links[0], links[2]):
             broken = await neighbour.expect("epoch_broken")
             assert broken.error.code == "peer_lost"
             assert broken.peer_address == links[1].address
-        async with asyncio.timeout(10):
-            await links[1].ended.wait()
-        assert time.monotonic() - start < 5.0
-        await stream.close()
+            print(f"noticed after {time.monotonic() - start:.3f} s")
+        assert time.monotonic() - start < 2 * limit_s
+        await stream.abandon()
 
 
 async def test_health_answers_while_the_device_computes() -> None:

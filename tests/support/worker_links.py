@@ -113,8 +113,9 @@ class WorkerLink:
 class LinkScheduler(mesh_pb2_grpc.SchedulerServicer):
     """Welcomes every worker; the rest is up to the test. Also takes the last stage's results."""
 
-    def __init__(self, term: int) -> None:
+    def __init__(self, term: int, lease_ms: int) -> None:
         self.term = term
+        self.lease_ms = lease_ms
         self.address = ""
         self.refusal: StageMeshError | None = None
         self.links: asyncio.Queue[WorkerLink] = asyncio.Queue()
@@ -138,7 +139,9 @@ class LinkScheduler(mesh_pb2_grpc.SchedulerServicer):
     def _first_word(self) -> mesh_pb2.WorkerCommand:
         if self.refusal is not None:
             return mesh_pb2.WorkerCommand(refused=error_to_proto(self.refusal))
-        welcome = mesh_pb2.WelcomeWorker(term=self.term, heartbeat_interval_ms=50, lease_ms=5000)
+        welcome = mesh_pb2.WelcomeWorker(
+            term=self.term, heartbeat_interval_ms=50, lease_ms=self.lease_ms
+        )
         return mesh_pb2.WorkerCommand(welcome=welcome)
 
     async def _send(self, link: WorkerLink, context: grpc.aio.ServicerContext[Any, Any]) -> None:
@@ -178,9 +181,9 @@ class LinkScheduler(mesh_pb2_grpc.SchedulerServicer):
 
 @asynccontextmanager
 async def link_scheduler(
-    address: str = "127.0.0.1:0", term: int = 1
+    address: str = "127.0.0.1:0", term: int = 1, lease_ms: int = 5000
 ) -> AsyncIterator[LinkScheduler]:
-    scheduler = LinkScheduler(term)
+    scheduler = LinkScheduler(term, lease_ms)
     server = RpcServer(address)
     mesh_pb2_grpc.add_SchedulerServicer_to_server(scheduler, server.server)  # type: ignore[no-untyped-call]
     server.server.add_generic_rpc_handlers((push_handlers(scheduler),))

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 import grpc.aio
 import pytest
 
+from protos import plan_pb2
 from stagemesh import push_stream
 from stagemesh.errors import PeerLost, ProtocolError, StageMeshError, StaleEpoch, StepOutOfOrder
-from stagemesh.frames import decode_frame
+from stagemesh.frames import decode_frame, encode_frame, hello_header
 from stagemesh.plan import Epoch, HopTiming, RowResult, SampledToken, Step, StepResult
 from stagemesh.rpc import MAX_FRAME_BYTES, RpcServer, make_channel
 from stagemesh.transport import (
@@ -231,6 +232,66 @@ async def test_a_sender_waiting_for_room_is_woken_when_the_stream_breaks() -> No
         with pytest.raises(PeerLost):
             await sending
         gate.set()
+
+
+async def test_a_peer_that_does_not_answer_pings_is_lost() -> None:
+    async def accept_and_stall(_: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        await context.read()
+        await context.read()
+        await context.write(encode_frame(plan_pb2.FrameHeader(pong=plan_pb2.Ping())))
+        while isinstance(await context.read(), bytes):
+            pass
+
+    method = grpc.stream_stream_rpc_method_handler(accept_and_stall)  # type: ignore[arg-type]
+    server = RpcServer("127.0.0.1:0")
+    server.server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(SERVICE_NAME, {"Push": method}),)
+    )
+    address = await server.start()
+    stream = await open_push_stream(address, HELLO, timeout_s=10, ping_timeout_s=0.2)
+    async with asyncio.timeout(10):
+        error = await stream.wait_broken()
+    assert isinstance(error, PeerLost)
+    assert "silent for 0.2 s" in str(error)
+    await stream.abandon()
+    await server.stop(0)
+
+
+async def test_a_dialler_that_says_nothing_is_lost() -> None:
+    handler = Recorder()
+    server = RpcServer("127.0.0.1:0")
+    handlers = push_handlers(handler, ping_timeout_s=lambda: 0.2)
+    server.server.add_generic_rpc_handlers((handlers,))
+    async with make_channel(await server.start()) as channel:
+        call: grpc.aio.StreamStreamCall[bytes, bytes] = channel.stream_stream(
+            f"/{SERVICE_NAME}/Push", None, None
+        )()
+        await call.write(encode_frame(hello_header(HELLO)))
+        async with asyncio.timeout(10):
+            error = await handler.ended.get()
+            assert isinstance(error, PeerLost)
+            assert "w0 was silent for 0.2 s" in str(error)
+            refusal = decode_frame(await call.read())[0].refusal  # type: ignore[arg-type]
+            assert refusal.error.code == "peer_lost"
+    await server.stop(0)
+
+
+async def test_streams_that_have_nothing_to_say_stay() -> None:
+    """Pings alone are enough, for both sides."""
+    handler = Recorder()
+    server = RpcServer("127.0.0.1:0")
+    handlers = push_handlers(handler, ping_timeout_s=lambda: 0.3)
+    server.server.add_generic_rpc_handlers((handlers,))
+    stream = await open_push_stream(await server.start(), HELLO, timeout_s=10, ping_timeout_s=0.3)
+    seen: set[int] = set()
+    async with asyncio.timeout(20):
+        while len(seen) < 15:
+            await asyncio.sleep(0.01)  # between two looks at what the pings measure
+            seen.add(stream.rtt_ns)
+            assert not stream.is_broken
+    assert handler.ended.empty()
+    await stream.close()
+    await server.stop(0)
 
 
 async def test_what_is_queued_is_sent_before_a_stream_closes() -> None:
