@@ -60,6 +60,7 @@ def registration_from_proto(
         pid=message.pid,
         scheduler_address=scheduler_address,
         available_memory_bytes=message.available_memory_bytes,
+        followed_term=message.followed_term,
     )
 
 

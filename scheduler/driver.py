@@ -31,6 +31,7 @@ from scheduler.messages import (
     JoinEpoch,
     OpenStream,
     RemovePipeline,
+    Resign,
     ResumePipeline,
     SuspendPipeline,
     ToWorker,
@@ -53,15 +54,22 @@ class Peers(Protocol):
     def end_silent_gateways(self, now_ns: int) -> int | None:
         """Returns when the next lease ends."""
 
+    def was_deaf(self, duration_ns: int) -> None:
+        """Gateways could not be heard for so long."""
+
 
 class Driver:
     """`run` it once; others call core and membership inside `acting`. Is the LinkOwner."""
 
-    def __init__(self, core: SchedulerCore, membership: Membership, join_timeout_s: float) -> None:
+    def __init__(
+        self, core: SchedulerCore, membership: Membership, join_timeout_s: float, lease_s: float
+    ) -> None:
         self.core = core
         self.membership = membership
         self.view = view_of(membership)
         self._join_timeout_s = join_timeout_s
+        self._lease_s = lease_s
+        self._awake_ns = time.monotonic_ns()
         self._wake = asyncio.Event()
         self._bug: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._links: StepLinks | None = None
@@ -85,13 +93,13 @@ class Driver:
             self._wake.set()
 
     async def run(self, peers: Peers) -> None:
-        """Until cancelled. Raises what a bug raised."""
+        """Until cancelled. Raises what a bug raised, or why there is no use in going on."""
         async with asyncio.TaskGroup() as group:
-            self._links = StepLinks(group, self, self._join_timeout_s)
+            self._links = StepLinks(group, self, self._join_timeout_s, self._lease_s)
             group.create_task(self._fail_on_bug())
             while True:
                 await self._turn(peers, self._links)
-                await self._until_next_turn()
+                await self._until_next_turn(peers)
 
     # ---- what the links tell -------------------------------------------------------------------
 
@@ -140,6 +148,8 @@ class Driver:
                 peers.tell_worker(session, self._with_pages(command))
             case DrainDone():
                 peers.drain_done(effect)
+            case Resign(error):
+                raise error
             case EndSession(session, error):
                 peers.end_worker(session, error)
             case OpenStream(pipeline_id, epoch, address):
@@ -177,18 +187,30 @@ class Driver:
             pipeline.handovers.num_blocks = len(block_ids)
         return replace(command, page_block_ids=block_ids)
 
-    async def _until_next_turn(self) -> None:
+    async def _until_next_turn(self, peers: Peers) -> None:
         deadlines = (
             self.core.next_deadline_ns(),
             self.membership.wakeup_ns(),
             self._gateway_lease_ns,
         )
         due_ns = min((at for at in deadlines if at is not None), default=None)
-        timeout_s = None if due_ns is None else max(0.0, (due_ns - time.monotonic_ns()) / 1e9)
+        longest_s = self._lease_s / 4
+        wait_s = longest_s if due_ns is None else (due_ns - time.monotonic_ns()) / 1e9
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(min(longest_s, max(0.0, wait_s))):
                 await self._wake.wait()
         self._wake.clear()
+        self._note_standstill(peers, round(2 * longest_s * 1e9))
+
+    def _note_standstill(self, peers: Peers, max_ns: int) -> None:
+        """A process that was frozen, or busy for long, has heard nobody: what was said meanwhile
+        is read before anybody is taken for lost."""
+        before_ns, self._awake_ns = self._awake_ns, time.monotonic_ns()
+        stood_still_ns = self._awake_ns - before_ns
+        if stood_still_ns > max_ns:
+            log.warning("the scheduler stood still", seconds=round(stood_still_ns / 1e9, 3))
+            self.membership.was_deaf(stood_still_ns)
+            peers.was_deaf(stood_still_ns)
 
     async def _fail_on_bug(self) -> None:
         try:

@@ -78,6 +78,12 @@ class Formation:
         times += [each.patience.wakeup_ns() for each in self.pipelines if each.is_established]
         return min((at for at in times if at is not None), default=None)
 
+    def follow_term(self, term: int, now_ns: int) -> None:
+        """Nobody follows the term that pipelines were begun in: none has served."""
+        self._term = term
+        for pipeline in list(self.pipelines):
+            self._dissolve(pipeline, now_ns)
+
     def epoch_began(self, pipeline: MeshPipeline) -> None:
         """Whoever joins gives up the KV that it has of another pipeline."""
         for other in self.pipelines:

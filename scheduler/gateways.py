@@ -192,6 +192,11 @@ class Gateways:
                 self._lose(session, "it was silent for too long")
         return min((s.heard_ns + self._lease_ns for s in self._sessions.values()), default=None)
 
+    def was_deaf(self, duration_ns: int) -> None:
+        """Nobody could be heard for so long: that is no silence of theirs."""
+        for session in self:
+            session.heard_ns += duration_ns
+
     def refuse_all(self, error: StageMeshError) -> None:
         """The scheduler ends: everybody is told why."""
         for session in self:

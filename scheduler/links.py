@@ -37,12 +37,20 @@ class LinkOwner(Protocol):
 
 
 class StepLinks:
-    """Streams to first stages. `group` runs them."""
+    """Streams to first stages. `group` runs them. A stage that is silent for `ping_timeout_s` is
+    lost."""
 
-    def __init__(self, group: asyncio.TaskGroup, owner: LinkOwner, open_timeout_s: float) -> None:
+    def __init__(
+        self,
+        group: asyncio.TaskGroup,
+        owner: LinkOwner,
+        open_timeout_s: float,
+        ping_timeout_s: float,
+    ) -> None:
         self._group = group
         self._owner = owner
         self._open_timeout_s = open_timeout_s
+        self._ping_timeout_s = ping_timeout_s
         self._tasks: dict[_Key, asyncio.Task[None]] = {}
         self._streams: dict[_Key, PushStream] = {}
 
@@ -74,7 +82,12 @@ class StepLinks:
     async def _hold(self, pipeline_id: str, epoch: Epoch, address: str) -> None:
         hello = Hello(pipeline_id, epoch, 0, SENDER_ID)
         try:
-            stream = await open_push_stream(address, hello, timeout_s=self._open_timeout_s)
+            stream = await open_push_stream(
+                address,
+                hello,
+                timeout_s=self._open_timeout_s,
+                ping_timeout_s=self._ping_timeout_s,
+            )
         except StageMeshError as error:
             self._owner.stream_broken(pipeline_id, epoch, error)
             return

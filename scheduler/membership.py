@@ -21,6 +21,7 @@ from scheduler.messages import (
     EndSession,
     LoadedSpan,
     Registration,
+    Resign,
     ShutdownWorker,
     ToWorker,
 )
@@ -33,6 +34,7 @@ from stagemesh.errors import (
     PeerLost,
     ProtocolError,
     StageMeshError,
+    StaleEpoch,
 )
 from stagemesh.plan import Span
 
@@ -40,7 +42,8 @@ log = structlog.get_logger()
 
 
 class Membership:
-    """The mesh's members. `term` is this scheduler's incarnation: higher than any before it."""
+    """The mesh's members. `term` is this scheduler's incarnation: higher than any before it, and
+    raised where a worker knows of a higher one before anything has served."""
 
     def __init__(self, limits: MembershipLimits, term: int) -> None:
         self.model = MeshModel()
@@ -95,8 +98,10 @@ class Membership:
         """A worker introduces itself on a new stream.
 
         Raises ModelMismatch or SpanError where it is of no use to this mesh; then it is no member.
+        Raises StaleEpoch where it has followed a scheduler that took this one's place, which ends.
         """
         self._check_usable(registration)
+        self._exceed(registration, now_ns)
         old = self._roster.named(registration.worker_id)
         if old is not None and old.registration.incarnation == registration.incarnation:
             self._reattach(old, session, registration, now_ns)
@@ -110,6 +115,10 @@ class Membership:
         self._roster.add(worker)
         log.info("a worker registered", worker=worker.worker_id, address=registration.address)
         self._formation.worker_registered(worker, now_ns)
+
+    def was_deaf(self, duration_ns: int) -> None:
+        """The scheduler itself stood still: that nobody was heard is nobody's fault."""
+        self._roster.was_deaf(duration_ns)
 
     def heard(self, session: int, now_ns: int, stats: WorkerStats | None = None) -> None:
         """Any message renews the lease."""
@@ -198,6 +207,19 @@ class Membership:
             check_span(registration.fixed_span, num_layers)
         check_num_stages(self._limits.num_stages, num_layers)
         self.model.admit(registration)
+
+    def _exceed(self, registration: Registration, now_ns: int) -> None:
+        """A worker follows no term that is lower than one that it has followed."""
+        if registration.followed_term <= self.term:
+            return
+        followed = f"worker {registration.worker_id} has followed {registration.followed_term}"
+        if any(pipeline.has_served for pipeline in self._formation.pipelines):
+            error = StaleEpoch(f"the scheduler of term {self.term} was replaced: {followed}")
+            self._effects.append(Resign(error))
+            raise error
+        self.term = registration.followed_term + 1
+        self._formation.follow_term(self.term, now_ns)
+        log.warning("a higher term is taken", term=self.term, reason=followed)
 
     def _reattach(
         self, worker: Worker, session: int, registration: Registration, now_ns: int

@@ -46,6 +46,8 @@ class Registration:
     scheduler_address: str = ""
     # Beside what it holds; 0 where it does not say.
     available_memory_bytes: int = 0
+    # Of the latest scheduler that it followed; 0 for none.
+    followed_term: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +163,13 @@ class DrainDone:
     error: StageMeshError | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Resign:
+    """Another scheduler has taken over: what this one knows is worth nothing, and it ends."""
+
+    error: StageMeshError
+
+
 Effect = (
     ToWorker
     | EndSession
@@ -172,4 +181,5 @@ Effect = (
     | FailOldestStep
     | RemovePipeline
     | DrainDone
+    | Resign
 )

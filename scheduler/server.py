@@ -1,8 +1,8 @@
 """The scheduler as a process: wires core, membership, driver and services together.
 
 Health (grpc.health.v1): "" and "stagemesh.v1.Scheduler" serve while the process does; "mesh" serves
-while a pipeline does. The term is the wall clock's time at the start in nanoseconds: it rises with
-each incarnation unless the host's clock is set back.
+while a pipeline does. The term is the wall clock's time at the start in nanoseconds, which rises
+with each incarnation; where the clock was set back, workers tell the term that must be exceeded.
 """
 
 from __future__ import annotations
@@ -46,10 +46,11 @@ async def serve(
     server = RpcServer(options.listen)
     core = SchedulerCore(options.core_limits())
     membership = Membership(options.membership_limits(), term=time.time_ns())
-    driver = Driver(core, membership, options.join_timeout_s)
+    driver = Driver(core, membership, options.join_timeout_s, options.lease_s)
     service = SchedulerService(options, driver, server)
     mesh_pb2_grpc.add_SchedulerServicer_to_server(service, server.server)  # type: ignore[no-untyped-call]
-    server.server.add_generic_rpc_handlers((push_handlers(ResultLinks(driver)),))
+    results = push_handlers(ResultLinks(driver), ping_timeout_s=lambda: options.lease_s)
+    server.server.add_generic_rpc_handlers((results,))
     server.add_service_name(SERVICE_NAME)
     service.bound = await server.start()
     for name in ("", SERVICE_NAME):
@@ -81,10 +82,9 @@ class SchedulerService(mesh_pb2_grpc.SchedulerServicer):
             "heartbeat_interval_ms": round(options.heartbeat_interval_s * 1000),
             "lease_ms": round(options.lease_s * 1000),
         }
-        self._workers = WorkerSessions(driver, mesh_pb2.WelcomeWorker(**pace), self._own_address)
-        self._gateways = Gateways(
-            driver.core, driver.acting, mesh_pb2.WelcomeGateway(**pace), self._vocab_size
-        )
+        self._welcomes = (mesh_pb2.WelcomeWorker(**pace), mesh_pb2.WelcomeGateway(**pace))
+        self._workers = WorkerSessions(driver, self._welcomes[0], self._own_address)
+        self._gateways = Gateways(driver.core, driver.acting, self._welcomes[1], self._vocab_size)
         self._gateways.mesh_changed(driver.view)
 
     # ---- rpcs ----------------------------------------------------------------------------------
@@ -93,6 +93,7 @@ class SchedulerService(mesh_pb2_grpc.SchedulerServicer):
         await self._workers.serve(context)
 
     async def AttachGateway(self, _: object, context: Context) -> None:  # noqa: N802
+        self._welcomes[1].term = self._driver.membership.term  # it may have been raised
         await self._gateways.serve(context)
 
     async def GetStatus(  # noqa: N802
@@ -140,6 +141,9 @@ class SchedulerService(mesh_pb2_grpc.SchedulerServicer):
 
     def end_silent_gateways(self, now_ns: int) -> int | None:
         return self._gateways.end_silent(now_ns)
+
+    def was_deaf(self, duration_ns: int) -> None:
+        self._gateways.was_deaf(duration_ns)
 
     def say_farewell(self) -> None:
         """Gateways and workers will dial again: a scheduler may come back here."""

@@ -22,7 +22,8 @@ from stagemesh.errors import ProtocolError, StageMeshError
 from stagemesh.rpc import abort_with
 
 _REGISTER_TIMEOUT_S = 10.0
-_MAX_UNREAD_BYTES = 2**20
+# A join may name some ten thousand blocks.
+_MAX_UNREAD_BYTES = 4 * 2**20
 
 log = structlog.get_logger()
 
@@ -86,6 +87,7 @@ class WorkerSessions:
         registration = registration_from_proto(message.register, self._own_address(peer))
         with self._driver.acting() as now_ns:
             self._driver.membership.register(session, registration, now_ns)
+        self._welcome.term = self._driver.membership.term
         self._outboxes[session].put(mesh_pb2.WorkerCommand(welcome=self._welcome))
 
     def _take(self, session: int, message: mesh_pb2.WorkerMessage) -> None:

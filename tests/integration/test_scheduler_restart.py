@@ -7,11 +7,13 @@ import contextlib
 import json
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 from support.pretend_gateway import PretendMesh, prompt_of
-from support.pretend_workers import until
+from support.pretend_streams import EVERYBODY, streams
+from support.pretend_workers import Shape, until
 
 from stagemesh.rpc import make_channel
 
@@ -85,4 +87,49 @@ async def test_workers_find_the_next_scheduler_with_what_they_hold(tmp_path: Pat
         await gateway.close()
         for worker in workers:
             assert worker.num_loads == 1
+            await worker.kill()
+
+
+async def test_a_scheduler_that_was_frozen_goes_on_with_everybody(tmp_path: Path) -> None:
+    async with (
+        scheduler_process("127.0.0.1:0", tmp_path) as (process, address),
+        make_channel(address) as channel,
+    ):
+        mesh = PretendMesh(address, channel)
+        for name in ("w0", "w1"):
+            await mesh.worker(name)
+        await mesh.wait_serving()
+        gateway = await streams(mesh, max_tokens=200)
+        process.send_signal(signal.SIGSTOP)
+        frozen_s = time.monotonic()
+        await until(lambda: time.monotonic() > frozen_s + 2.5, "more than two leases")
+        process.send_signal(signal.SIGCONT)
+        await gateway.wait_finished(*EVERYBODY)
+        gateway.check(*EVERYBODY)
+        status = await mesh.wait_idle()
+        assert status.queue.num_preempted == status.queue.num_aborted == 0
+        assert [worker.worker_id for worker in status.workers] == ["w0", "w1"]
+        await gateway.close()
+        for worker in mesh.workers.values():
+            assert worker.num_loads == 1
+            await worker.kill()
+
+
+async def test_a_term_that_is_too_low_is_raised_or_ends_the_scheduler(tmp_path: Path) -> None:
+    async with (
+        scheduler_process("127.0.0.1:0", tmp_path) as (process, address),
+        make_channel(address) as channel,
+    ):
+        mesh = PretendMesh(address, channel)
+        ahead = time.time_ns() + 10**15
+        for name in ("w0", "w1"):
+            await mesh.worker(name, shape=Shape(followed_term=ahead))
+        assert (await mesh.wait_serving()).term == ahead + 1
+        gateway = await streams(mesh, max_tokens=20)
+        await gateway.wait_finished(*EVERYBODY)
+        gateway.check(*EVERYBODY)
+        await mesh.worker("w2", shape=Shape(followed_term=ahead + 2))
+        assert await process.wait() == 1, "another scheduler has been followed since"
+        await gateway.close()
+        for worker in mesh.workers.values():
             await worker.kill()

@@ -43,6 +43,7 @@ class Shape:
     model: ModelSummary = MODEL
     dtype: str = "float32"
     available_memory_bytes: int = 0
+    followed_term: int = 0
 
 
 class PretendStage:

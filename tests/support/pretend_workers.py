@@ -58,6 +58,7 @@ class PretendWorker:
         self.epochs: list[mesh_pb2.JoinEpoch] = []
         self.refusal: StageMeshError | None = None
         self.was_released = False
+        self.term = shape.followed_term if shape else 0
         self.loads = asyncio.Event()
         self.loads.set()
         self.num_steps = 0
@@ -157,11 +158,15 @@ class PretendWorker:
             loaded=self._stage.loaded if self._stage else None,
             dtype=wire.dtype_to_proto(shape.dtype),
             available_memory_bytes=shape.available_memory_bytes,
+            followed_term=self.term,
         )
 
     async def _obey(self, command: mesh_pb2.WorkerCommand) -> None:
         kind = command.WhichOneof("command")
-        if kind == "refused":
+        if kind == "welcome":
+            assert command.welcome.term >= self.term, "a worker follows no lower term"
+            self.term = command.welcome.term
+        elif kind == "refused":
             self.refusal = wire.error_from_proto(command.refused)
         elif kind == "shutdown":
             self.was_released = True
