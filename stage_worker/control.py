@@ -59,6 +59,7 @@ class ControlStream:
         self._outbox: asyncio.Queue[mesh_pb2.WorkerMessage] | None = None
         self._backoff = Backoff()
         self._done = False
+        self._is_leaving = False
         self._last_reason = ""
 
     def send(self, message: mesh_pb2.WorkerMessage) -> None:
@@ -72,6 +73,8 @@ class ControlStream:
             try:
                 await self._attach()
             except StageMeshError as error:
+                if self._is_leaving:
+                    return
                 if self._done:
                     raise
                 self._log_once(str(error))
@@ -79,7 +82,12 @@ class ControlStream:
                 await self._backoff.wait()
 
     async def leave(self, reason: str) -> None:
-        """Says goodbye, before `run` is cancelled."""
+        """Says goodbye, before `run` is cancelled.
+
+        The scheduler ends the stream then; whoever dialled again would come back as a member, and a
+        cancellation that meets the end of the stream is lost in a task group.
+        """
+        self._is_leaving = True
         self.send(mesh_pb2.WorkerMessage(goodbye=mesh_pb2.WorkerGoodbye(reason=reason)))
         await self.flush()
 
