@@ -57,7 +57,6 @@ class Faults:
         await asyncio.sleep(self._rng.uniform(0.0, MAX_DOWN_S))
         for part in victims:
             if not part.alive:
-                part.kill()
                 part.start()
         return Fault(kind, tuple(part.name for part in victims), num_kills)
 

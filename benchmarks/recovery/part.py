@@ -60,6 +60,7 @@ class Part:
     def start(self) -> None:
         """Call it from the main thread: the process dies with the thread that started it."""
         assert not self.alive, f"{self.name} runs already"
+        self.kill()
         self._ready_file.unlink(missing_ok=True)
         listening = self.listening(self.facts) if self.facts else ()
         self._link, childs_link = socket.socketpair()

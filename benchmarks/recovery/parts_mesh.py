@@ -97,13 +97,11 @@ class PartsMesh:
     async def start_dead(self) -> None:
         """Starts what does not run; returns when it can be reached."""
         if not self.scheduler.alive:
-            self.scheduler.kill()
             self.scheduler.start()
             await self.scheduler.wait_ready()
         self._add_missing(self.scheduler.facts["address"])
         dead = [part for part in self.parts if not part.alive]
         for part in dead:
-            part.kill()
             part.start()
         for part in self.parts:
             await part.wait_ready()
