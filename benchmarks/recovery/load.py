@@ -105,7 +105,7 @@ class Stream:
 
 
 async def run_stream(
-    stub: pb_grpc.TextGenerationStub, ask: Ask, stream: Stream, timeout_s: float
+    stub: pb_grpc.TextGenerationStub, ask: Ask, stream: Stream, timeout_s: float | None
 ) -> None:
     """Never raises for what the mesh does: that is in `stream`."""
     stream.started_s = time.monotonic()
@@ -172,7 +172,7 @@ class Load:
         target: str,
         wanted: Iterable[Ask],
         *,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
+        timeout_s: float | None = DEFAULT_TIMEOUT_S,
         repeat: bool = False,
     ) -> None:
         self.streams = [Stream(ask) for ask in wanted]
