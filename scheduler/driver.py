@@ -17,6 +17,7 @@ from typing import Protocol
 import structlog
 
 from scheduler.core import Finished, SchedulerCore, Tokens
+from scheduler.limits import DriverTimeouts
 from scheduler.links import StepLinks
 from scheduler.membership import Membership
 from scheduler.mesh_view import MeshView, view_of
@@ -36,6 +37,7 @@ from scheduler.messages import (
     SuspendPipeline,
     ToWorker,
 )
+from scheduler.watch import StepWatch
 from stagemesh.errors import InternalError, StageMeshError
 from stagemesh.plan import Epoch, StepResult
 
@@ -62,13 +64,15 @@ class Driver:
     """`run` it once; others call core and membership inside `acting`. Is the LinkOwner."""
 
     def __init__(
-        self, core: SchedulerCore, membership: Membership, join_timeout_s: float, lease_s: float
+        self, core: SchedulerCore, membership: Membership, timeouts: DriverTimeouts
     ) -> None:
         self.core = core
         self.membership = membership
         self.view = view_of(membership)
-        self._join_timeout_s = join_timeout_s
-        self._lease_s = lease_s
+        self._timeouts = timeouts
+        self._watch = StepWatch(
+            round(timeouts.lease_s * 1e9), round(timeouts.canary_interval_s * 1e9)
+        )
         self._awake_ns = time.monotonic_ns()
         self._wake = asyncio.Event()
         self._bug: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -95,7 +99,7 @@ class Driver:
     async def run(self, peers: Peers) -> None:
         """Until cancelled. Raises what a bug raised, or why there is no use in going on."""
         async with asyncio.TaskGroup() as group:
-            self._links = StepLinks(group, self, self._join_timeout_s, self._lease_s)
+            self._links = StepLinks(group, self, self._timeouts.join_s, self._timeouts.lease_s)
             group.create_task(self._fail_on_bug())
             while True:
                 await self._turn(peers, self._links)
@@ -121,19 +125,25 @@ class Driver:
         """The sender hears of a ProtocolError, and its stream breaks, which ends the epoch."""
         with self.acting() as now_ns:
             self.core.on_result(result, now_ns)
-            self.membership.epochs.step_done(result.pipeline_id)
+            if self._watch.step_done(result.pipeline_id, result.epoch, result.step, now_ns):
+                self.membership.epochs.step_done(result.pipeline_id)
 
     # ---- turns ---------------------------------------------------------------------------------
 
     async def _turn(self, peers: Peers, links: StepLinks) -> None:
         now_ns = time.monotonic_ns()
         self._gateway_lease_ns = peers.end_silent_gateways(now_ns)
+        for overdue in self._watch.overdue(now_ns):
+            self.membership.epochs.step_overdue(overdue, now_ns)
         self.membership.tick(now_ns)
         for effect in self.membership.take_effects():
             self._apply(effect, peers, links, now_ns)
         self._note_what_is_rebuilt(now_ns)
+        for pipeline_id in self._watch.idle(now_ns):
+            self.core.probe(pipeline_id, now_ns)
         for step in self.core.schedule(now_ns):
             self.membership.epochs.step_sent(step.pipeline_id)
+            self._watch.step_sent(step, now_ns)
             await links.send(step)
         for event in self.core.take_events():
             peers.deliver(event)
@@ -158,14 +168,18 @@ class Driver:
                 links.close(pipeline_id, epoch)
             case AddPipeline(facts):
                 self.core.add_pipeline(facts, now_ns)
+                self._watch.epoch_began(facts.pipeline_id, facts.epoch, now_ns)
             case SuspendPipeline(pipeline_id):
                 self.core.suspend_pipeline(pipeline_id, now_ns)
+                self._watch.epoch_ended(pipeline_id)
             case ResumePipeline(facts, lost_stages):
                 self.core.resume_pipeline(facts, lost_stages, now_ns)
+                self._watch.epoch_began(facts.pipeline_id, facts.epoch, now_ns)
             case FailOldestStep(pipeline_id, error):
                 self.core.fail_oldest_step(pipeline_id, error, now_ns)
             case RemovePipeline(pipeline_id):
                 self.core.remove_pipeline(pipeline_id, now_ns)
+                self._watch.pipeline_removed(pipeline_id)
 
     def _note_what_is_rebuilt(self, now_ns: int) -> None:
         rebuilding = self.membership.epochs.rebuilding
@@ -191,10 +205,11 @@ class Driver:
         deadlines = (
             self.core.next_deadline_ns(),
             self.membership.wakeup_ns(),
+            self._watch.wakeup_ns(),
             self._gateway_lease_ns,
         )
         due_ns = min((at for at in deadlines if at is not None), default=None)
-        longest_s = self._lease_s / 4
+        longest_s = self._timeouts.lease_s / 4
         wait_s = longest_s if due_ns is None else (due_ns - time.monotonic_ns()) / 1e9
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(min(longest_s, max(0.0, wait_s))):
@@ -210,6 +225,7 @@ class Driver:
         if stood_still_ns > max_ns:
             log.warning("the scheduler stood still", seconds=round(stood_still_ns / 1e9, 3))
             self.membership.was_deaf(stood_still_ns)
+            self._watch.was_deaf(stood_still_ns)
             peers.was_deaf(stood_still_ns)
 
     async def _fail_on_bug(self) -> None:

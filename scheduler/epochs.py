@@ -15,8 +15,9 @@ from scheduler.limits import MembershipLimits
 from scheduler.pipelines import MeshPipeline
 from scheduler.places import MAX_FAILURES, other_block_sizes
 from scheduler.roster import Roster
+from scheduler.watch import Overdue
 from scheduler.workers import Worker
-from stagemesh.errors import PeerLost, StageMeshError
+from stagemesh.errors import InternalError, PeerLost, StageMeshError
 from stagemesh.plan import Epoch
 
 log = structlog.get_logger()
@@ -74,6 +75,16 @@ class Epochs:
         """A stream between the scheduler and a stage, of steps or of results."""
         if pipeline := self._current(pipeline_id, epoch):
             self._end(pipeline, [], error, now_ns)
+
+    def step_overdue(self, overdue: Overdue, now_ns: int) -> None:
+        """A step did not come back. Where one stage alone has steps to do, it is to blame."""
+        pipeline = self._current(overdue.pipeline_id, overdue.epoch)
+        if pipeline is None:
+            return
+        busy = [worker for worker in pipeline.members if worker.stats.steps_queued > 0]
+        limit_s = overdue.limit_ns / 1e9
+        error = InternalError(f"step {overdue.step} did not come back within {limit_s:.3g} s")
+        self._end(pipeline, busy if len(busy) == 1 else [], error, now_ns)
 
     def step_sent(self, pipeline_id: str) -> None:
         if pipeline := self._formation.pipeline(pipeline_id):

@@ -21,3 +21,12 @@ class MembershipLimits:
     join_timeout_ns: int = 30_000_000_000
     takeover_after_ns: int = 10_000_000_000
     max_model_len: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DriverTimeouts:
+    """`canary_interval_s` 0: idle pipelines are left alone."""
+
+    lease_s: float
+    join_s: float
+    canary_interval_s: float

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from scheduler.core import SchedulerLimits
-from scheduler.limits import MembershipLimits
+from scheduler.limits import DriverTimeouts, MembershipLimits
 from stagemesh.addresses import split_address
 from stagemesh.errors import ConfigError
 from stagemesh.option_values import Kind
@@ -70,6 +70,12 @@ class SchedulerOptions:
         kind=Kind.DURATION,
         minimum=0.0,
     )
+    canary_interval_s: float = option(
+        5.0,
+        help="an idle pipeline computes one token this often, to see that it serves; 0: never",
+        kind=Kind.DURATION,
+        minimum=0.0,
+    )
     max_waiting: int = option(
         1024, help="requests that may wait; more are refused at once", minimum=1
     )
@@ -118,4 +124,11 @@ class SchedulerOptions:
             join_timeout_ns=round(self.join_timeout_s * 1e9),
             takeover_after_ns=round(self.takeover_after_s * 1e9),
             max_model_len=self.max_model_len,
+        )
+
+    def driver_timeouts(self) -> DriverTimeouts:
+        return DriverTimeouts(
+            lease_s=self.lease_s,
+            join_s=self.join_timeout_s,
+            canary_interval_s=self.canary_interval_s,
         )

@@ -46,7 +46,7 @@ async def serve(
     server = RpcServer(options.listen)
     core = SchedulerCore(options.core_limits())
     membership = Membership(options.membership_limits(), term=time.time_ns())
-    driver = Driver(core, membership, options.join_timeout_s, options.lease_s)
+    driver = Driver(core, membership, options.driver_timeouts())
     service = SchedulerService(options, driver, server)
     mesh_pb2_grpc.add_SchedulerServicer_to_server(service, server.server)  # type: ignore[no-untyped-call]
     results = push_handlers(ResultLinks(driver), ping_timeout_s=lambda: options.lease_s)

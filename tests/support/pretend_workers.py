@@ -43,9 +43,12 @@ async def until(condition: Callable[[], bool], what: str) -> None:
 
 
 class PretendWorker:
-    """One process. `gate` holds steps back while it is clear; `epochs` are those that it joined;
-    `refusal` is why the scheduler did not want it; `was_released` that it was told to shut down.
-    Pages go from one to another directly."""
+    """One process.
+
+    `gate` holds steps back while it is clear, `loads` and `joins` what their names say. `epochs`
+    are those that it joined; `refusal` is why the scheduler did not want it; `was_released` that it
+    was told to shut down. Pages go from one to another directly.
+    """
 
     by_address: ClassVar[dict[str, PretendWorker]] = {}
 
@@ -61,15 +64,20 @@ class PretendWorker:
         self.term = shape.followed_term if shape else 0
         self.loads = asyncio.Event()
         self.loads.set()
+        self.joins = asyncio.Event()
+        self.joins.set()
         self.num_steps = 0
         self.num_loads = 0
         self.fail_next_step: StageMeshError | None = None
         self.fails_on_sequences_of = 0  # tokens of prompt
         self._shape = shape or Shape()
         self._scheduler = scheduler
+        self._lease_s = 2.0
         self._incarnation = incarnation
         self._stage: PretendStage | None = None
+        self._told: mesh_pb2.JoinEpoch | None = None
         self._join: mesh_pb2.JoinEpoch | None = None
+        self._steps: asyncio.Queue[StepFrame] = asyncio.Queue()
         self._joined = asyncio.Condition()
         self._next: PushStream | None = None
         self._outbox: asyncio.Queue[mesh_pb2.WorkerMessage] = asyncio.Queue()
@@ -166,6 +174,7 @@ class PretendWorker:
         if kind == "welcome":
             assert command.welcome.term >= self.term, "a worker follows no lower term"
             self.term = command.welcome.term
+            self._lease_s = command.welcome.lease_ms / 1000
         elif kind == "refused":
             self.refusal = wire.error_from_proto(command.refused)
         elif kind == "shutdown":
@@ -190,19 +199,26 @@ class PretendWorker:
     async def _join_epoch(self, join: mesh_pb2.JoinEpoch) -> None:
         assert self._stage is not None
         await self._leave()
+        self._told = join
+        await self.joins.wait()
+        if self._told is not join:
+            return
         epoch = wire.epoch_from_proto(join.epoch)
         self._stage.join(join)
         has_pages = join.HasField("pages") and await self._fetch_pages(join)
         async with self._joined:
-            self._join = join
+            self._join, self._steps = join, asyncio.Queue()
             self._joined.notify_all()
         hello = Hello(join.pipeline_id, epoch, join.stage + 1, self._address)
         try:
-            self._next = await open_push_stream(join.next_address, hello, timeout_s=WAIT_S)
+            self._next = await open_push_stream(
+                join.next_address, hello, timeout_s=WAIT_S, ping_timeout_s=self._lease_s
+            )
         except StageMeshError as error:
             self._report_broken(join, error, join.next_address)
             return
         self.epochs.append(join)
+        self._spawn(self._execute_steps(join, self._steps, self._next))
         joined = mesh_pb2.EpochJoined(
             pipeline_id=join.pipeline_id, epoch=join.epoch, has_pages=has_pages
         )
@@ -245,21 +261,28 @@ class PretendWorker:
 
     async def receive(self, hello: Hello, message: Message) -> None:
         assert isinstance(message, StepFrame)
-        await self.gate.wait()
-        join, stage, stream = self._join, self._stage, self._next
-        if join is None or stage is None or stream is None:
+        if not self._is_current(wire.epoch_to_proto(hello.epoch)):
             raise StaleEpoch("the epoch is over")
-        if self.fail_next_step is not None:
+        self._steps.put_nowait(message)
+
+    async def _execute_steps(
+        self, join: mesh_pb2.JoinEpoch, steps: asyncio.Queue[StepFrame], stream: PushStream
+    ) -> None:
+        """In their order, until the epoch is over or one fails."""
+        while True:
+            frame = await steps.get()
+            await self.gate.wait()
+            if self._join is not join or self._stage is None:
+                return
             error, self.fail_next_step = self.fail_next_step, None
-            self._report_broken(join, error, "")
-            raise error
-        if any(0 < row.num_tokens == self.fails_on_sequences_of for row in message.step.rows):
-            error = InternalError("the row cannot be executed")
-            self._report_broken(join, error, "")
-            raise error
-        self.num_steps += 1
-        with contextlib.suppress(PeerLost):
-            await stream.send(stage.execute(message, join))
+            if any(0 < row.num_tokens == self.fails_on_sequences_of for row in frame.step.rows):
+                error = InternalError("the row cannot be executed")
+            if error is not None:
+                self._report_broken(join, error, "")
+                return
+            self.num_steps += 1
+            with contextlib.suppress(PeerLost):
+                await stream.send(self._stage.execute(frame, join))
 
     async def broken(self, hello: Hello, error: StageMeshError | None) -> None:
         if self._join is not None and self._is_current(wire.epoch_to_proto(hello.epoch)):
