@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import sys
 import threading
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 
 import uvloop
 
+from stage_worker.leaving import Leaving
 from stage_worker.options import WorkerOptions
 from stage_worker.server import OnReady
 from stage_worker.server import serve as serve_worker
@@ -18,7 +20,9 @@ from stagemesh.process import run_service
 
 def main(argv: Sequence[str] | None = None) -> int:
     asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
-    code = run_service("worker", WorkerOptions, _serve, argv)
+    leaving = Leaving()
+    serve = functools.partial(_serve, leaving)
+    code = run_service("worker", WorkerOptions, serve, argv, on_terminate=leaving.ask)
     if any(thread.name == "device" for thread in threading.enumerate()):
         # Arithmetic cannot be interrupted, and a thread inside of it cannot see Python end.
         sys.stdout.flush()
@@ -27,9 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-async def _serve(options: WorkerOptions, on_ready: OnReady) -> None:
+async def _serve(leaving: Leaving, options: WorkerOptions, on_ready: OnReady) -> None:
     _set_threads(options.threads)
-    await serve_worker(options, on_ready)
+    await serve_worker(options, on_ready, leaving)
 
 
 def _set_threads(num_threads: int) -> None:

@@ -60,6 +60,8 @@ class ControlStream:
         self._backoff = Backoff()
         self._done = False
         self._is_leaving = False
+        self._draining = mesh_pb2.WorkerMessage()
+        self._drained_by_s = 0.0
         self._last_reason = ""
 
     def send(self, message: mesh_pb2.WorkerMessage) -> None:
@@ -80,6 +82,18 @@ class ControlStream:
                 self._log_once(str(error))
             if not self._done:
                 await self._backoff.wait()
+
+    def drain(self, reason: str, patience_s: float) -> bool:
+        """Asks to be released: by `ShutdownWorker`, at the latest after this time by `leave`.
+
+        A scheduler that takes the place of this one is asked as well. False where there is none.
+        """
+        if self._outbox is None:
+            return False
+        self._drained_by_s = asyncio.get_running_loop().time() + patience_s
+        self._draining.draining.reason = reason
+        self._ask_again()
+        return True
 
     async def leave(self, reason: str) -> None:
         """Says goodbye, before `run` is cancelled.
@@ -127,6 +141,7 @@ class ControlStream:
         outbox = self._outbox = asyncio.Queue()
         try:
             self._worker.attached(welcome)
+            self._ask_again()
             async with asyncio.TaskGroup() as group:
                 writing = group.create_task(_write_all(call, outbox))
                 beating = group.create_task(self._heartbeat(welcome.heartbeat_interval_ms / 1000))
@@ -157,6 +172,12 @@ class ControlStream:
         if command is None:
             raise PeerLost(f"the scheduler at {self._address} ended the stream")
         return command
+
+    def _ask_again(self) -> None:
+        if self._draining.HasField("draining"):
+            remaining_s = max(0.0, self._drained_by_s - asyncio.get_running_loop().time())
+            self._draining.draining.remaining_ns = round(remaining_s * 1e9)
+            self.send(self._draining)
 
     def _refusal(self, command: mesh_pb2.WorkerCommand) -> StageMeshError:
         """What the scheduler has against this worker; dialling again helps where that may pass."""

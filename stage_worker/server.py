@@ -18,6 +18,7 @@ import structlog
 
 from protos import mesh_pb2
 from stage_worker.device_thread import DeviceThread
+from stage_worker.leaving import Leaving
 from stage_worker.options import WorkerOptions
 from stage_worker.span_holder import SpanHolder
 from stage_worker.stats import Stats
@@ -44,7 +45,9 @@ OnReady = Callable[[Mapping[str, object]], None]
 log = structlog.get_logger()
 
 
-async def serve(options: WorkerOptions, on_ready: OnReady | None = None) -> None:
+async def serve(
+    options: WorkerOptions, on_ready: OnReady | None = None, leaving: Leaving | None = None
+) -> None:
     """Runs one worker; `on_ready` gets its address and id before the scheduler is dialled.
 
     Raises what is wrong with the options, the model, or the address, and why the scheduler refused.
@@ -74,26 +77,31 @@ async def serve(options: WorkerOptions, on_ready: OnReady | None = None) -> None
             identity = _identity(options, address, summary, dtype)
             if on_ready is not None:
                 on_ready({"address": address, "id": identity.worker_id})
-            await _run_and_leave(worker, identity)
+            await _run_and_leave(worker, identity, leaving or Leaving())
     finally:
         await server.stop(0)
         if not await device.stop(DEVICE_STOP_TIMEOUT_S):
             log.warning("the device is still at work; the process ends without waiting for it")
 
 
-async def _run_and_leave(worker: Worker, identity: mesh_pb2.RegisterWorker) -> None:
-    """Says goodbye while the control stream is still there, if this is cancelled."""
+async def _run_and_leave(
+    worker: Worker, identity: mesh_pb2.RegisterWorker, leaving: Leaving
+) -> None:
+    """Says goodbye while the control stream is still there, if this is cancelled or told to go."""
     running = asyncio.create_task(worker.run(identity))
+    impatience = asyncio.create_task(leaving.patience_ended())
+    leaving.worker_runs(worker.control)
     try:
-        await asyncio.wait([running])
-    except asyncio.CancelledError:
-        await worker.control.leave("told to stop")
-        raise
+        await asyncio.wait([running, impatience], return_when=asyncio.FIRST_COMPLETED)
     finally:
+        if not running.done():
+            await worker.control.leave("told to stop")
         worker.membership.leave()
+        impatience.cancel()
         running.cancel()
-        await asyncio.wait([running])
-    running.result()
+        await asyncio.wait([running, impatience])
+    if not running.cancelled():
+        running.result()
 
 
 def _check_span(options: WorkerOptions, spec: ModelSpec) -> None:
