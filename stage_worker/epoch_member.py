@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from stage_worker.device_thread import DeviceThread, Outcome, as_mesh_error
+from stage_worker.page_fetch import fetch_into
+from stage_worker.place import EpochReports, Place
 from stage_worker.span_holder import HeldSpan
 from stage_worker.stats import Stats
 from stagemesh.errors import (
@@ -23,7 +24,7 @@ from stagemesh.errors import (
     StaleEpoch,
     StepOutOfOrder,
 )
-from stagemesh.plan import Epoch, HopTiming, StepResult
+from stagemesh.plan import HopTiming, StepResult
 from stagemesh.transport import Hello, Message, PushStream, StepFrame, open_push_stream
 
 if TYPE_CHECKING:
@@ -32,26 +33,6 @@ if TYPE_CHECKING:
 OPEN_TIMEOUT_S = 15.0
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a worker stands in an epoch. Blocks [0, num_blocks) are the pipeline's."""
-
-    pipeline_id: str
-    epoch: Epoch
-    stage: int
-    num_stages: int
-    next_address: str
-    num_blocks: int
-    keep_kv: bool
-
-
-class EpochReports(Protocol):
-    """Whom a member tells."""
-
-    def joined(self, place: Place) -> None: ...
-    def broken(self, place: Place, error: StageMeshError, peer_address: str) -> None: ...
 
 
 class EpochMember:
@@ -140,11 +121,14 @@ class EpochMember:
         if stream is None:
             return
         try:
-            self.joined = True
-            self._reports.joined(self.place)
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._forward(stream))
                 group.create_task(self._watch(stream))
+                has_pages = await fetch_into(
+                    self.held, self.place, self._device, self._stats, self._ping_timeout_s
+                )
+                self.joined = True
+                self._reports.joined(self.place, has_pages)
+                group.create_task(self._forward(stream))
         finally:
             await stream.close()
 

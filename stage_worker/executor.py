@@ -20,6 +20,7 @@ from stage_worker.batch import BatchBuilder, PlacedRow
 from stage_worker.boundary_log import BoundaryLog
 from stage_worker.checkpoint import DTYPE_NAMES
 from stage_worker.loading import ExecutorConfig, ExecutorFacts, LoadedStage, load_stage
+from stage_worker.pages import PageStore
 from stage_worker.payload import bytes_view, hidden_from_bytes
 from stage_worker.results import RowSampler
 from stage_worker.rope import inverse_frequencies
@@ -68,10 +69,11 @@ class StageExecutor:
         self.facts = loaded.facts
         self.cache = loaded.cache
         self.log = loaded.log
+        self.pages = PageStore(loaded.cache, loaded.log)
         self._span = loaded.span
         self._decoder = loaded.decoder
-        pages = loaded.cache.keys[0]
-        self._dtype, self._device = pages.dtype, pages.device
+        keys = loaded.cache.keys[0]
+        self._dtype, self._device = keys.dtype, keys.device
         self._table = SequenceTable(
             loaded.facts.block_size_tokens, self.spec.vocab_size, self._device
         )
@@ -80,7 +82,6 @@ class StageExecutor:
         self._batches = BatchBuilder(windows, self.spec.rope, tile, self._dtype)
         self._sampler = RowSampler(self._decoder.logits)
         self._stage, self._num_stages, self._num_blocks = 0, 0, 0
-        self.num_joins = 0
 
     @classmethod
     @torch.inference_mode()
@@ -120,13 +121,11 @@ class StageExecutor:
         if not keep_kv:
             self._table.clear()
         self._stage, self._num_stages, self._num_blocks = stage, num_stages, num_blocks
-        self.num_joins += 1
 
     def forget(self) -> None:
         """Gives the stage's place up, and all sequences."""
         self._table.clear()
         self._num_stages = 0
-        self.num_joins += 1
 
     @torch.inference_mode()
     def execute(

@@ -1,7 +1,9 @@
 """Which epoch a worker is in: follows the scheduler's commands, admits and refuses streams.
 
 At most one epoch at a time, never one that is older than what was joined before, and never one of
-an older term.
+an older term. What the pages hold belongs to one pipeline: the one that was joined last. It stays
+while the scheduler is away or the epoch is over, until a join claims it (keep_kv), a join does not,
+or layers are loaded.
 """
 
 from __future__ import annotations
@@ -11,16 +13,20 @@ import asyncio
 import structlog
 
 from stage_worker.device_thread import DeviceThread
-from stage_worker.epoch_member import EpochMember, EpochReports, Place
+from stage_worker.epoch_member import EpochMember
+from stage_worker.place import EpochReports, Place
 from stage_worker.span_holder import HeldSpan
 from stage_worker.stats import Stats
 from stagemesh.errors import PeerLost, ProtocolError, StageMeshError, StaleEpoch
+from stagemesh.page_frames import PagesRequest
 from stagemesh.plan import Epoch
 from stagemesh.transport import PING_TIMEOUT_S, Hello, Message
 
 # A neighbour that was told of an epoch before this worker was may dial this early.
 EARLY_HELLO_TIMEOUT_S = 10.0
 MAX_EARLY_HELLOS = 16
+# Pipelines whose latest epoch is remembered.
+MAX_PIPELINES = 256
 
 log = structlog.get_logger()
 
@@ -42,6 +48,8 @@ class Membership:
         self._stats = stats
         self._reports = reports
         self._current: EpochMember | None = None
+        # Whose pages these are, and on which span.
+        self._kv_of: tuple[str, HeldSpan] | None = None
         # Of this term: the latest epoch of each pipeline that was joined.
         self._latest: dict[str, Epoch] = {}
         self._term = 0
@@ -59,6 +67,11 @@ class Membership:
         """Of the latest scheduler that was followed; 0 for none."""
         return self._term
 
+    @property
+    def has_kv(self) -> bool:
+        """Whether a pipeline may count on what the pages hold."""
+        return self._kv_of is not None
+
     def follow_term(self, term: int) -> None:
         """Raises StaleEpoch for a scheduler that was replaced by one this worker has met."""
         if term < self._term:
@@ -73,11 +86,14 @@ class Membership:
             self._check_newer(place)
             if held is None:
                 raise ProtocolError("no layers are loaded here")
+            if place.keep_kv and self._kv_of != (place.pipeline_id, held):
+                raise ProtocolError(f"no KV of {place.pipeline_id} is held here")
         except StageMeshError as error:
             self._reports.broken(place, error, "")
             return
         self.leave()
-        self._latest[place.pipeline_id] = place.epoch
+        self._passed(place.pipeline_id, place.epoch)
+        self._kv_of = place.pipeline_id, held
         member = EpochMember(
             place,
             held,
@@ -101,6 +117,35 @@ class Membership:
             member.end()
             self._current = None
             self._wake()
+
+    def forget_kv(self) -> None:
+        """The pages are about to hold something else."""
+        self.leave()
+        self._kv_of = None
+
+    def give_up(self, request: PagesRequest) -> HeldSpan:
+        """Ends all epochs of the pipeline before that of the request, by which another worker takes
+        the span over. Returns what holds the pages. Raises StaleEpoch and ProtocolError.
+        """
+        pipeline_id, epoch = request.pipeline_id, request.epoch
+        self.follow_term(epoch.term)
+        if epoch < self._latest_of(pipeline_id):
+            raise StaleEpoch(f"{epoch} of {pipeline_id} is over here")
+        if self._kv_of is None or self._kv_of[0] != pipeline_id:
+            raise ProtocolError(f"no KV of {pipeline_id} is held here")
+        held = self._kv_of[1]
+        if held.span != request.span:
+            raise ProtocolError(f"the KV here is of {held.span}, not {request.span}")
+        if epoch == self._latest_of(pipeline_id) and self._current is not None:
+            raise ProtocolError(f"{epoch} of {pipeline_id} was joined here")
+        self.leave()
+        self._passed(pipeline_id, epoch)
+        return held
+
+    def keeps_still(self, request: PagesRequest, held: HeldSpan) -> bool:
+        """Whether nothing was joined or loaded since `give_up`."""
+        is_latest = self._latest_of(request.pipeline_id) == request.epoch
+        return is_latest and self._current is None and self._kv_of == (request.pipeline_id, held)
 
     async def accept(self, hello: Hello) -> None:
         """Waits a while for an epoch that this worker may not have heard of yet."""
@@ -159,6 +204,13 @@ class Membership:
 
     def _latest_of(self, pipeline_id: str) -> Epoch:
         return self._latest.get(pipeline_id, Epoch(0, 0))
+
+    def _passed(self, pipeline_id: str, epoch: Epoch) -> None:
+        """No epoch up to this one is joined any more."""
+        self._latest.pop(pipeline_id, None)
+        self._latest[pipeline_id] = epoch
+        while len(self._latest) > MAX_PIPELINES:
+            del self._latest[next(iter(self._latest))]
 
     def _wake(self) -> None:
         """Hellos that wait look again."""

@@ -20,6 +20,7 @@ from protos import mesh_pb2
 from stage_worker.device_thread import DeviceThread
 from stage_worker.leaving import Leaving
 from stage_worker.options import WorkerOptions
+from stage_worker.page_service import PageService
 from stage_worker.span_holder import SpanHolder
 from stage_worker.stats import Stats
 from stage_worker.worker import Parts, Worker
@@ -28,6 +29,7 @@ from stagemesh.addresses import advertised_address, split_address
 from stagemesh.backoff import Backoff
 from stagemesh.errors import PeerLost, SpanError
 from stagemesh.model_spec import ModelSpec
+from stagemesh.page_stream import page_handlers
 from stagemesh.plan import ModelSummary
 from stagemesh.rpc import RpcServer
 from stagemesh.transport import SERVICE_NAME, push_handlers
@@ -70,7 +72,8 @@ async def serve(
             handlers = push_handlers(
                 membership, stats.traffic, ping_timeout_s=lambda: membership.ping_timeout_s
             )
-            server.server.add_generic_rpc_handlers((handlers,))
+            pages = page_handlers(PageService(membership, device))
+            server.server.add_generic_rpc_handlers((handlers, pages))
             bound = await server.start()
             address = await _own_address(bound, options)
             summary = await holder.summarise()

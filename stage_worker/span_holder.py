@@ -59,6 +59,7 @@ class SpanHolder:
         Raises what is wrong with the files, the span, or the memory; then nothing is held.
         """
         if self.held is not None and self.held.span == span:
+            await self._device.run(self.held.executor.forget)
             return self.held
         self.held = None
         report = _Throttled(on_progress, self._device)

@@ -21,6 +21,7 @@ class Stats:
     tokens_executed: int = 0
     compute_ns: int = 0
     idle_ns: int = 0
+    blocks_received: int = 0
     traffic: Traffic = field(default_factory=Traffic)
 
     def count_step(self, num_rows: int, num_tokens: int, timing: HopTiming) -> None:
@@ -42,6 +43,7 @@ class Stats:
             bytes_sent=self.traffic.bytes_sent,
             messages_sent=self.traffic.messages_sent,
             sequences_held=sequences_held,
+            blocks_received=self.blocks_received,
         )
 
 

@@ -14,8 +14,8 @@ import structlog
 from protos import mesh_pb2
 from stage_worker.control import ControlStream
 from stage_worker.device_thread import DeviceThread
-from stage_worker.epoch_member import Place
 from stage_worker.membership import Membership
+from stage_worker.place import PageOrigin, Place
 from stage_worker.span_holder import HeldSpan, SpanHolder
 from stage_worker.stats import Stats
 from stagemesh.errors import CheckpointError, ConfigError, StageMeshError
@@ -119,11 +119,13 @@ class Worker:
 
     # ---- EpochReports
 
-    def joined(self, place: Place) -> None:
+    def joined(self, place: Place, has_pages: bool) -> None:
         log.info("joined", pipeline=place.pipeline_id, epoch=str(place.epoch), stage=place.stage)
         self._tell_health()
         joined = mesh_pb2.EpochJoined(
-            pipeline_id=place.pipeline_id, epoch=epoch_to_proto(place.epoch)
+            pipeline_id=place.pipeline_id,
+            epoch=epoch_to_proto(place.epoch),
+            has_pages=has_pages,
         )
         self.control.send(mesh_pb2.WorkerMessage(epoch_joined=joined))
 
@@ -150,7 +152,7 @@ class Worker:
     async def _load(self, span: Span) -> None:
         async with self._load_order:
             self._loading = span
-            self.membership.leave()
+            self.membership.forget_kv()
             try:
                 held = await self._parts.holder.load(span, self._progress_reporter(span))
             except StageMeshError as error:
@@ -192,10 +194,17 @@ class Worker:
             next_address=message.next_address or self._scheduler,
             num_blocks=message.num_blocks,
             keep_kv=message.keep_kv,
+            pages=_origin(message),
         )
 
     def _tell_health(self) -> None:
         self._on_health(self._attached, self._attached and self.membership.in_epoch)
+
+
+def _origin(message: mesh_pb2.JoinEpoch) -> PageOrigin | None:
+    if not message.HasField("pages"):
+        return None
+    return PageOrigin(message.pages.address, tuple(message.pages.block_ids))
 
 
 def _span_loaded(held: HeldSpan) -> mesh_pb2.SpanLoaded:

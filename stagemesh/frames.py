@@ -102,16 +102,20 @@ def hello_header(hello: Hello) -> plan_pb2.FrameHeader:
     return plan_pb2.FrameHeader(hello=message)
 
 
+def check_protocol_version(version: int) -> None:
+    """Raises ProtocolError for another than this side's."""
+    if version != wire.PROTOCOL_VERSION:
+        raise ProtocolError(
+            f"the peer speaks protocol {version}, this side {wire.PROTOCOL_VERSION}"
+        )
+
+
 def hello_from_header(header: plan_pb2.FrameHeader) -> Hello:
     """Raises ProtocolError where it is no hello, or one of another protocol."""
     if header.WhichOneof("kind") != "hello":
         raise ProtocolError("a stream begins with a hello")
     message = header.hello
-    if message.protocol_version != wire.PROTOCOL_VERSION:
-        raise ProtocolError(
-            f"the peer speaks protocol {message.protocol_version}, "
-            f"this side {wire.PROTOCOL_VERSION}"
-        )
+    check_protocol_version(message.protocol_version)
     if max(len(message.pipeline_id), len(message.sender_id)) > MAX_ID_CHARS:
         raise ProtocolError(f"a name in a hello is longer than {MAX_ID_CHARS} characters")
     epoch = wire.epoch_from_proto(message.epoch)

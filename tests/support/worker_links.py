@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,7 +92,10 @@ class WorkerLink:
         *,
         num_blocks: int = 32,
         keep_kv: bool = False,
+        pages_from: str = "",
+        block_ids: Sequence[int] = (),
     ) -> None:
+        source = mesh_pb2.PageSource(address=pages_from, block_ids=block_ids)
         join = mesh_pb2.JoinEpoch(
             pipeline_id="p",
             epoch=epoch_to_proto(epoch),
@@ -101,6 +104,7 @@ class WorkerLink:
             next_address=next_address,
             num_blocks=num_blocks,
             keep_kv=keep_kv,
+            pages=source if pages_from else None,
         )
         self.command(join_epoch=join)
 

@@ -1,0 +1,45 @@
+"""Gets a stage's pages from the worker that held it before, while an epoch is being joined."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import structlog
+
+from stage_worker.device_thread import DeviceThread
+from stage_worker.place import Place
+from stage_worker.span_holder import HeldSpan
+from stage_worker.stats import Stats
+from stagemesh.errors import PeerLost, StageMeshError
+from stagemesh.page_frames import PagesRequest
+from stagemesh.page_stream import fetch_pages
+
+log = structlog.get_logger()
+
+
+async def fetch_into(
+    held: HeldSpan, place: Place, device: DeviceThread, stats: Stats, ping_timeout_s: float
+) -> bool:
+    """Whether the place named pages and all of them came, and are where they belong.
+
+    A failure is no end of the epoch: the stage is rebuilt then.
+    """
+    origin = place.pages
+    if origin is None:
+        return False
+    request = PagesRequest(place.pipeline_id, place.epoch, held.span, origin.block_ids)
+    missing = set(origin.block_ids)
+    try:
+        batches = fetch_pages(origin.address, request, ping_timeout_s=ping_timeout_s)
+        async with contextlib.aclosing(batches):
+            async for batch in batches:
+                await device.run(functools.partial(held.executor.pages.write, batch))
+                stats.blocks_received += len(batch.block_ids)
+                missing.difference_update(batch.block_ids)
+        if missing:
+            raise PeerLost(f"{len(missing)} pages did not come")
+    except StageMeshError as error:
+        log.warning("pages could not be fetched", source=origin.address, reason=str(error))
+        return False
+    return True

@@ -1,0 +1,122 @@
+"""Pages of a stage as they leave the worker and come in: KV, and the log of what was sent.
+
+    n blocks of a batch, L layers, H KV heads, O offset in a block, D head dim, E hidden size
+
+Block by block: the KV as (layer, K/V, head, offset, dim), whatever the layout in memory, and, for a
+block that is logged, (offset, hidden). Runs on the device thread. What is in unused slots goes
+along; nobody reads it here or there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stage_worker.boundary_log import BoundaryLog
+from stage_worker.checkpoint import DTYPE_NAMES
+from stage_worker.kv_cache import KvCache
+from stagemesh.errors import ProtocolError
+from stagemesh.page_frames import PageBatch
+
+
+class PageStore:
+    """The pages of one stage."""
+
+    def __init__(self, cache: KvCache, log: BoundaryLog) -> None:
+        self._cache = cache
+        self._log = log
+        pages = cache.keys[0]
+        num_layers, (_, offsets, heads, dim) = len(cache.keys), pages.shape
+        self._shape = (num_layers, 2, heads, offsets, dim)
+        self._dtype = pages.dtype
+        self.kv_block_bytes = 2 * num_layers * pages[0].nbytes
+        self.log_block_bytes = log.block_bytes
+
+    def order(self, block_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Each block once, those that are logged first. Raises ProtocolError."""
+        ordered = tuple(sorted(set(block_ids)))
+        if ordered and not 0 <= ordered[0] <= ordered[-1] < self._cache.num_blocks:
+            raise ProtocolError(f"there are {self._cache.num_blocks} blocks here, not all of these")
+        return ordered
+
+    @torch.inference_mode()
+    def read(self, block_ids: tuple[int, ...]) -> PageBatch:
+        """Blocks in the order of `order`."""
+        num_logged = self._num_logged(block_ids)
+        index = torch.tensor(block_ids, device=self._cache.keys[0].device)
+        pages = torch.empty((len(block_ids), *self._shape), dtype=self._dtype)
+        for i, pair in enumerate(zip(self._cache.keys, self._cache.values, strict=True)):
+            for j, source in enumerate(pair):
+                pages[:, i, j] = source.index_select(0, index).transpose(1, 2)
+        kv = _as_bytes(pages)
+        logged = torch.empty(0, dtype=torch.uint8)
+        if num_logged:
+            log = _as_bytes(self._log.pages[list(block_ids[:num_logged])])
+            logged = torch.cat((kv[:num_logged], log), dim=1).flatten()
+        payload = torch.cat((logged, kv[num_logged:].flatten()))
+        return PageBatch(
+            block_ids=block_ids,
+            dtype=DTYPE_NAMES[self._dtype],
+            kv_block_bytes=self.kv_block_bytes,
+            log_block_bytes=self.log_block_bytes,
+            num_logged=num_logged,
+            payload=payload.numpy().data.cast("B"),
+        )
+
+    @torch.inference_mode()
+    def write(self, batch: PageBatch) -> None:
+        """Raises ProtocolError for pages of another kind, and for a log that lacks blocks which are
+        logged here: what is rebuilt from this log later would be rubbish."""
+        self._check(batch)
+        if not batch.block_ids:
+            return
+        split = batch.num_logged * (self.kv_block_bytes + batch.log_block_bytes)
+        payload = torch.frombuffer(bytearray(batch.payload), dtype=torch.uint8)
+        logged = payload[:split].view(batch.num_logged, -1) if split else payload[:0].view(0, 0)
+        kv = torch.cat(
+            (
+                logged[:, : self.kv_block_bytes].reshape(-1, self.kv_block_bytes),
+                payload[split:].view(-1, self.kv_block_bytes),
+            )
+        )
+        self._write_kv(batch.block_ids, kv)
+        self._write_log(batch.block_ids[: batch.num_logged], logged[:, self.kv_block_bytes :])
+
+    def _write_kv(self, block_ids: tuple[int, ...], kv: Tensor) -> None:
+        device = self._cache.keys[0].device
+        index = torch.tensor(block_ids, device=device)
+        pages = kv.view(self._dtype).view(-1, *self._shape).to(device).transpose(3, 4)
+        for i, pair in enumerate(zip(self._cache.keys, self._cache.values, strict=True)):
+            for j, target in enumerate(pair):
+                target.index_copy_(0, index, pages[:, i, j])
+
+    def _write_log(self, block_ids: tuple[int, ...], log: Tensor) -> None:
+        """What is logged there beyond this log is left out."""
+        num_here = self._num_logged(block_ids)
+        if num_here:
+            pages = log[:num_here].contiguous().view(self._dtype)
+            shape = (num_here, *self._log.pages.shape[1:])
+            self._log.pages.index_copy_(0, torch.tensor(block_ids[:num_here]), pages.view(shape))
+
+    def _num_logged(self, block_ids: tuple[int, ...]) -> int:
+        return sum(block_id < self._log.num_blocks for block_id in block_ids)
+
+    def _check(self, batch: PageBatch) -> None:
+        if batch.block_ids != self.order(batch.block_ids):
+            raise ProtocolError("pages come without order")
+        if batch.dtype != DTYPE_NAMES[self._dtype]:
+            raise ProtocolError(f"pages are {batch.dtype}, not {DTYPE_NAMES[self._dtype]}")
+        num_needed = self._num_logged(batch.block_ids)
+        log_fits = not num_needed or batch.log_block_bytes == self.log_block_bytes
+        if batch.kv_block_bytes != self.kv_block_bytes or not log_fits:
+            raise ProtocolError(
+                f"a block has {batch.kv_block_bytes} and {batch.log_block_bytes} bytes, not "
+                f"{self.kv_block_bytes} and {self.log_block_bytes}"
+            )
+        if batch.num_logged < num_needed:
+            raise ProtocolError("the log there is shorter than the one here")
+
+
+def _as_bytes(pages: Tensor) -> Tensor:
+    """[n, ...] -> [n, bytes of each]."""
+    return pages.contiguous().view(len(pages), -1).view(torch.uint8)

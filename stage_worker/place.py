@@ -1,0 +1,41 @@
+"""Where a worker stands in an epoch, and whom it tells of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from stagemesh.errors import StageMeshError
+from stagemesh.plan import Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class PageOrigin:
+    """Who held the stage before, and the blocks whose pages are wanted."""
+
+    address: str
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a worker stands in an epoch. Blocks [0, num_blocks) are the pipeline's.
+
+    With `pages` they are fetched before the epoch counts as joined.
+    """
+
+    pipeline_id: str
+    epoch: Epoch
+    stage: int
+    num_stages: int
+    next_address: str
+    num_blocks: int
+    keep_kv: bool
+    pages: PageOrigin | None = None
+
+
+class EpochReports(Protocol):
+    """Whom a member tells."""
+
+    def joined(self, place: Place, has_pages: bool) -> None: ...
+    def broken(self, place: Place, error: StageMeshError, peer_address: str) -> None: ...
