@@ -9,7 +9,7 @@ from itertools import count
 import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from support.pretend_gateway import pretend_mesh, prompt_of
+from support.pretend_gateway import PretendGateway, pretend_mesh, prompt_of
 from support.pretend_workers import MODEL, PARTS, Shape, until
 
 from protos import mesh_pb2, mesh_pb2_grpc
@@ -17,6 +17,7 @@ from scheduler.options import SchedulerOptions
 from scheduler.server import serve
 from stagemesh.errors import AddressInUse, InternalError, ModelMismatch
 from stagemesh.plan import Span
+from stagemesh.rpc import make_channel
 from stagemesh.sampling import SamplingSpec
 
 
@@ -285,14 +286,15 @@ async def test_a_port_in_use_is_named() -> None:
 
 
 async def test_gateways_are_told_when_the_scheduler_ends() -> None:
-    gateway = None
-    async with pretend_mesh() as mesh:
-        gateway = await mesh.gateway()
-        mesh.gateways.clear()
-    await until(lambda: gateway.status is not None, "the end of the stream")
-    assert gateway.refusal is not None
-    assert gateway.refusal.refused.code == "mesh_unavailable"
-    await gateway.close()
+    async with contextlib.AsyncExitStack() as outliving:
+        async with pretend_mesh() as mesh:
+            # Not the mesh's own: a channel that closes ends its streams before they are read.
+            channel = await outliving.enter_async_context(make_channel(mesh.address))
+            gateway = await PretendGateway(channel).start()
+        await until(lambda: gateway.status is not None, "the end of the stream")
+        assert gateway.refusal is not None
+        assert gateway.refusal.refused.code == "mesh_unavailable"
+        await gateway.close()
 
 
 async def test_a_bug_ends_the_process_instead_of_hanging(

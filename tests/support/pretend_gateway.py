@@ -123,10 +123,11 @@ class PretendGateway:
         tokens += [token.token_id for token in message.tokens]
 
     async def _beat(self) -> None:
-        while True:
-            beat = mesh_pb2.GatewayHeartbeat()
-            await self._send(mesh_pb2.GatewayMessage(heartbeat=beat))
-            await asyncio.sleep(0.1)
+        with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
+            while True:
+                beat = mesh_pb2.GatewayHeartbeat()
+                await self._send(mesh_pb2.GatewayMessage(heartbeat=beat))
+                await asyncio.sleep(0.1)
 
 
 class PretendMesh:
