@@ -1,25 +1,35 @@
-"""A worker that says goodbye does not come back when the scheduler ends its stream."""
+"""A worker that is told to go: it asks to be released, says goodbye, and does not come back."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc.aio
 
 from protos import mesh_pb2, mesh_pb2_grpc
 from stage_worker.control import ControlStream
+from stage_worker.leaving import Leaving
 from stagemesh.rpc import RpcServer
 
 TIMEOUT_S = 30.0
 
 
 class Farewell(mesh_pb2_grpc.SchedulerServicer):
-    """Welcomes whoever comes, and ends the stream after a goodbye."""
+    """Welcomes whoever comes, notes what they say, and ends the stream after a goodbye."""
 
     def __init__(self) -> None:
         self.num_registered = 0
+        self.heard: asyncio.Queue[mesh_pb2.WorkerMessage] = asyncio.Queue()
+        self.hang_up = asyncio.Event()
+
+    async def next_wish(self) -> mesh_pb2.WorkerDraining:
+        while True:
+            message = await asyncio.wait_for(self.heard.get(), TIMEOUT_S)
+            if message.WhichOneof("message") == "draining":
+                return message.draining
 
     async def AttachWorker(  # noqa: N802
         self,
@@ -28,7 +38,9 @@ class Farewell(mesh_pb2_grpc.SchedulerServicer):
     ) -> AsyncIterator[mesh_pb2.WorkerCommand]:
         async for message in messages:
             kind = message.WhichOneof("message")
-            if kind == "goodbye":
+            self.heard.put_nowait(message)
+            if kind == "goodbye" or self.hang_up.is_set():
+                self.hang_up.clear()
                 return
             if kind == "register":
                 self.num_registered += 1
@@ -58,17 +70,60 @@ class Member:
         pass
 
 
-async def test_goodbye_is_for_good() -> None:
+@asynccontextmanager
+async def attached() -> AsyncIterator[tuple[Farewell, ControlStream, asyncio.Task[None]]]:
     scheduler, server = Farewell(), RpcServer("127.0.0.1:0")
     mesh_pb2_grpc.add_SchedulerServicer_to_server(scheduler, server.server)  # type: ignore[no-untyped-call]
-    address = await server.start()
+    member = Member()
+    control = ControlStream(await server.start(), member)
+    running = asyncio.create_task(control.run())
     try:
-        member = Member()
-        control = ControlStream(address, member)
-        running = asyncio.create_task(control.run())
         await asyncio.wait_for(member.is_attached.wait(), TIMEOUT_S)
+        yield scheduler, control, running
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+        await server.stop(0)
+
+
+async def test_goodbye_is_for_good() -> None:
+    async with attached() as (scheduler, control, running):
         await control.leave("told to stop")
         await asyncio.wait_for(running, TIMEOUT_S)
         assert scheduler.num_registered == 1
-    finally:
-        await server.stop(0)
+
+
+async def test_the_wish_to_go_says_how_long_it_can_wait() -> None:
+    async with attached() as (scheduler, control, _):
+        leaving = Leaving(patience_s=60.0)
+        leaving.worker_runs(control)
+        assert leaving.ask()
+        wish = await scheduler.next_wish()
+        assert wish.reason == "told to stop"
+        assert 50e9 < wish.remaining_ns <= 60e9
+
+
+async def test_the_scheduler_after_this_one_is_asked_as_well() -> None:
+    async with attached() as (scheduler, control, _):
+        assert control.drain("told to stop", 60.0)
+        first = await scheduler.next_wish()
+        scheduler.hang_up.set()  # at the next heartbeat
+        again = await scheduler.next_wish()
+        assert scheduler.num_registered == 2
+        assert again.remaining_ns < first.remaining_ns
+
+
+async def test_nobody_waits_forever_to_be_released() -> None:
+    async with attached() as (_, control, running):
+        leaving = Leaving(patience_s=0.05)
+        leaving.worker_runs(control)
+        assert leaving.ask()
+        await asyncio.wait_for(leaving.patience_ended(), TIMEOUT_S)
+        assert not running.done()
+
+
+async def test_without_a_scheduler_there_is_nobody_to_ask() -> None:
+    leaving = Leaving()
+    assert not leaving.ask()
+    leaving.worker_runs(ControlStream("127.0.0.1:1", Member()))
+    assert not leaving.ask()
