@@ -10,7 +10,7 @@ import sys
 from collections.abc import AsyncIterator
 
 from support.paths import shared
-from support.pretend_gateway import PretendMesh, pretend_mesh
+from support.pretend_gateway import PretendGateway, PretendMesh, pretend_mesh
 from support.pretend_workers import until
 
 from protos import mesh_pb2
@@ -35,27 +35,68 @@ async def worker_process(mesh: PretendMesh, name: str) -> AsyncIterator[asyncio.
         await process.wait()
 
 
+CASES = json.loads((MODEL / "reference.json").read_text())["cases"]
+NUMBERS = range(len(CASES))
+
+
+async def streams(mesh: PretendMesh) -> PretendGateway:
+    """The reference's requests, in mid-stream."""
+    gateway = await mesh.gateway()
+    await mesh.wait_serving()
+    for number, case in enumerate(CASES):
+        spec = SamplingSpec(temperature=0.0)
+        await gateway.submit(number, tuple(case["prompt_ids"]), NUM_TOKENS, spec=spec)
+    await until(lambda: all(len(gateway.tokens[n]) > 4 for n in NUMBERS), "tokens of all")
+    return gateway
+
+
+async def check_the_end(mesh: PretendMesh, gateway: PretendGateway) -> mesh_pb2.GetStatusResponse:
+    await gateway.wait_finished(*NUMBERS)
+    for number, case in enumerate(CASES):
+        assert gateway.tokens[number] == case["output_ids_ignore_eos"][:NUM_TOKENS]
+    status = await mesh.wait_idle()
+    assert status.queue.num_finished == len(CASES)
+    assert status.queue.num_preempted == 0, "nothing was computed from the beginning"
+    return status
+
+
 async def test_a_worker_is_killed_and_started_again_and_every_stream_is_right() -> None:
-    cases = json.loads((MODEL / "reference.json").read_text())["cases"]
-    numbers = range(len(cases))
     async with (
         pretend_mesh(0, num_stages=2, lease_s=2.0) as mesh,
         worker_process(mesh, "first"),
         worker_process(mesh, "second") as second,
     ):
-        gateway = await mesh.gateway()
-        await mesh.wait_serving()
-        for number, case in enumerate(cases):
-            spec = SamplingSpec(temperature=0.0)
-            await gateway.submit(number, tuple(case["prompt_ids"]), NUM_TOKENS, spec=spec)
-        await until(lambda: all(len(gateway.tokens[n]) > 4 for n in numbers), "tokens of all")
+        gateway = await streams(mesh)
         second.kill()
         await until(lambda: not gateway.mesh[-1].serving, "the mesh to notice")
-        assert len(gateway.finished) < len(cases)
+        assert len(gateway.finished) < len(CASES)
         async with worker_process(mesh, "second"):
-            await gateway.wait_finished(*numbers)
-            for number, case in enumerate(cases):
-                assert gateway.tokens[number] == case["output_ids_ignore_eos"][:NUM_TOKENS]
-            status = await mesh.wait_idle()
-    assert status.queue.num_finished == len(cases)
+            status = await check_the_end(mesh, gateway)
     assert all(worker.state == mesh_pb2.WORKER_STATE_SERVING for worker in status.workers)
+
+
+def has_spares(status: mesh_pb2.GetStatusResponse) -> bool:
+    return [w.state for w in status.workers].count(mesh_pb2.WORKER_STATE_READY) == 2
+
+
+async def test_a_worker_is_killed_and_the_one_that_took_over_is_drained() -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        mesh = await stack.enter_async_context(pretend_mesh(0, num_stages=2, num_replicas=1))
+        names = ("w0", "w1", "w2", "w3")
+        processes = {
+            name: await stack.enter_async_context(worker_process(mesh, name)) for name in names
+        }
+        before = await mesh.wait_status(has_spares, "two stages and two spares")
+        gateway = await streams(mesh)
+        processes[before.pipelines[0].worker_ids[0]].kill()
+        status = await mesh.wait_status(
+            lambda status: status.pipelines[0].mending.join_ns > 0, "the mesh to be whole"
+        )
+        assert status.pipelines[0].mending.fill_ns < 500e6, "from the kill to a replacement"
+        name = status.pipelines[0].worker_ids[0]
+        response = await mesh.drain(name)
+        assert response.successor_id not in ("", name)
+        assert response.num_blocks_moved > 0
+        assert await processes[name].wait() == 0
+        status = await check_the_end(mesh, gateway)
+        assert len(status.workers) == 2
