@@ -43,10 +43,14 @@ class Outcome(Generic[T]):
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class Job:
+    """Work for the device. Whether it takes longer than `limit_s` is for others to watch."""
+
     work: Callable[[], Any]
     future: asyncio.Future[Outcome[Any]]
     submitted_ns: int
+    name: str
+    limit_s: float | None
 
 
 class DeviceThread:
@@ -54,33 +58,42 @@ class DeviceThread:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="device", daemon=True)
         self._stopping = False
-        self._busy = False
+        self._running: Job | None = None
         self._thread.start()
 
     @property
     def num_unfinished(self) -> int:
         """Jobs that wait or are being done."""
-        return self._jobs.qsize() + self._busy
+        return self._jobs.qsize() + (self._running is not None)
+
+    @property
+    def running(self) -> Job | None:
+        """What is being done now."""
+        return self._running
 
     @property
     def stopping(self) -> bool:
         """Long work asks this now and then, and gives up."""
         return self._stopping
 
-    def submit(self, work: Callable[[], T]) -> asyncio.Future[Outcome[T]]:
+    def submit(
+        self, work: Callable[[], T], *, name: str = "a job", limit_s: float | None = None
+    ) -> asyncio.Future[Outcome[T]]:
         """Queues `work`; the future never holds an exception. Raises QueueFull."""
         if self._jobs.qsize() >= MAX_QUEUED_JOBS:
             raise QueueFull(f"{MAX_QUEUED_JOBS} jobs wait for the device")
         future: asyncio.Future[Outcome[T]] = self._loop.create_future()
-        self._jobs.put(_Job(work, future, time.perf_counter_ns()))
+        self._jobs.put(Job(work, future, time.perf_counter_ns(), name, limit_s))
         return future
 
-    async def run(self, work: Callable[[], T]) -> T:
+    async def run(
+        self, work: Callable[[], T], *, name: str = "a job", limit_s: float | None = None
+    ) -> T:
         """Waits for `work` to be done in its turn. Raises StageMeshError."""
-        return (await self.submit(work)).unwrap()
+        return (await self.submit(work, name=name, limit_s=limit_s)).unwrap()
 
     async def stop(self, timeout_s: float) -> bool:
         """Lets the job that runs end, drops the others; whether the thread ended in time."""
@@ -92,16 +105,16 @@ class DeviceThread:
     def _work(self) -> None:
         idle_since_ns = time.perf_counter_ns()
         while (job := self._jobs.get()) is not None and not self._stopping:
-            self._busy = True
+            self._running = job
             outcome = _run(job, idle_since_ns)
-            self._busy = False
+            self._running = None
             idle_since_ns = time.perf_counter_ns()
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
                 self._loop.call_soon_threadsafe(_resolve, job.future, outcome)
             del job, outcome  # or tensors would stay alive until the next job
 
 
-def _run(job: _Job, idle_since_ns: int) -> Outcome[Any]:
+def _run(job: Job, idle_since_ns: int) -> Outcome[Any]:
     value, error = None, None
     start_ns = time.perf_counter_ns()
     try:

@@ -14,9 +14,10 @@ import structlog
 
 from stage_worker.device_thread import DeviceThread, Outcome, as_mesh_error
 from stage_worker.page_fetch import fetch_into
-from stage_worker.place import EpochReports, Place
+from stage_worker.place import EpochReports, Patience, Place
 from stage_worker.span_holder import HeldSpan
 from stage_worker.stats import Stats
+from stage_worker.watchdog import FIRST_STEP_LIMIT_S, step_limit_s
 from stagemesh.errors import (
     InternalError,
     ProtocolError,
@@ -47,7 +48,7 @@ class EpochMember:
         own_address: str,
         reports: EpochReports,
         on_accepting: Callable[[], None],
-        ping_timeout_s: float,
+        patience: Patience,
     ) -> None:
         self.place = place
         self.held = held
@@ -59,7 +60,7 @@ class EpochMember:
         self._own_address = own_address
         self._reports = reports
         self._on_accepting = on_accepting
-        self._ping_timeout_s = ping_timeout_s
+        self._patience = patience
         self._next_step = 0
         self._executing: asyncio.Queue[tuple[StepFrame, asyncio.Future[Outcome[StageOutput]]]]
         self._executing = asyncio.Queue()
@@ -97,7 +98,13 @@ class EpochMember:
             self.fail(StepOutOfOrder(f"step {step.step} came, {self._next_step} was due"))
             raise self._ended.result()
         self._next_step += 1
-        outcome = self._device.submit(lambda: self._execute(message))
+        cost = self.held.cost
+        work = cost.work_of(step, self.place.stage)
+        outcome = self._device.submit(
+            lambda: self._execute(message),
+            name=f"step {step.step}",
+            limit_s=step_limit_s(cost, work, self._patience.step_timeout_s),
+        )
         self._executing.put_nowait((message, outcome))
 
     def fail(self, error: StageMeshError, peer_address: str = "") -> None:
@@ -123,8 +130,9 @@ class EpochMember:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._watch(stream))
+                timeout_s = self._patience.ping_timeout_s
                 has_pages = await fetch_into(
-                    self.held, self.place, self._device, self._stats, self._ping_timeout_s
+                    self.held, self.place, self._device, self._stats, timeout_s
                 )
                 self.joined = True
                 self._reports.joined(self.place, has_pages)
@@ -141,7 +149,9 @@ class EpochMember:
                     num_stages=place.num_stages,
                     num_blocks=place.num_blocks,
                     keep_kv=place.keep_kv,
-                )
+                ),
+                name="a join",
+                limit_s=FIRST_STEP_LIMIT_S,
             )
         except StageMeshError as error:
             self.fail(error)
@@ -155,7 +165,7 @@ class EpochMember:
                 hello,
                 timeout_s=OPEN_TIMEOUT_S,
                 traffic=self._stats.traffic,
-                ping_timeout_s=self._ping_timeout_s,
+                ping_timeout_s=self._patience.ping_timeout_s,
             )
         except StageMeshError as error:
             self.fail(error, place.next_address)
@@ -199,6 +209,7 @@ class EpochMember:
             idle_ns=outcome.idle_ns,
             received_bytes=len(frame.payload),
         )
+        self.held.cost.observe(self.held.cost.work_of(step, timing.stage), timing.compute_ns / 1e9)
         self._stats.count_step(len(step.rows), step.num_tokens, timing)
         timings = (*frame.timings, timing)
         if self.place.stage + 1 == self.place.num_stages:

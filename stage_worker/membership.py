@@ -14,13 +14,13 @@ import structlog
 
 from stage_worker.device_thread import DeviceThread
 from stage_worker.epoch_member import EpochMember
-from stage_worker.place import EpochReports, Place
+from stage_worker.place import EpochReports, Patience, Place
 from stage_worker.span_holder import HeldSpan
 from stage_worker.stats import Stats
 from stagemesh.errors import PeerLost, ProtocolError, StageMeshError, StaleEpoch
 from stagemesh.page_frames import PagesRequest
 from stagemesh.plan import Epoch
-from stagemesh.transport import PING_TIMEOUT_S, Hello, Message
+from stagemesh.transport import Hello, Message
 
 # A neighbour that was told of an epoch before this worker was may dial this early.
 EARLY_HELLO_TIMEOUT_S = 10.0
@@ -40,9 +40,10 @@ class Membership:
         device: DeviceThread,
         stats: Stats,
         reports: EpochReports,
+        patience: Patience,
     ) -> None:
         self.own_address = ""  # what neighbours are told; known once the server is bound
-        self.ping_timeout_s = PING_TIMEOUT_S  # the scheduler's lease, once it said so
+        self.patience = patience
         self._group = group
         self._device = device
         self._stats = stats
@@ -102,10 +103,15 @@ class Membership:
             self.own_address,
             self._reports,
             self._wake,
-            self.ping_timeout_s,
+            self.patience,
         )
         self._current = member
         self._group.create_task(member.run())
+
+    def fail(self, error: StageMeshError) -> None:
+        """Ends the current epoch and reports it."""
+        if self._current is not None:
+            self._current.fail(error)
 
     def leave(self, pipeline_id: str | None = None, epoch: Epoch | None = None) -> None:
         """Ends the current epoch, if it is the one named or none is; no step of it that is still

@@ -49,6 +49,13 @@ class WorkerOptions:
         kind=Kind.SIZE,
         minimum=0,
     )
+    step_timeout_s: float = option(
+        2.0,
+        help="a step that computes for longer than this, and than ten times what it should take, "
+        "ends the process",
+        kind=Kind.DURATION,
+        minimum=0.1,
+    )
     threads: int = option(
         0, help="threads for arithmetic; 0: OMP_NUM_THREADS or all cores", minimum=0, maximum=1024
     )

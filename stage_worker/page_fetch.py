@@ -11,6 +11,7 @@ from stage_worker.device_thread import DeviceThread
 from stage_worker.place import Place
 from stage_worker.span_holder import HeldSpan
 from stage_worker.stats import Stats
+from stage_worker.watchdog import FIRST_STEP_LIMIT_S
 from stagemesh.errors import PeerLost, StageMeshError
 from stagemesh.page_frames import PagesRequest
 from stagemesh.page_stream import fetch_pages
@@ -34,7 +35,8 @@ async def fetch_into(
         batches = fetch_pages(origin.address, request, ping_timeout_s=ping_timeout_s)
         async with contextlib.aclosing(batches):
             async for batch in batches:
-                await device.run(functools.partial(held.executor.pages.write, batch))
+                write = functools.partial(held.executor.pages.write, batch)
+                await device.run(write, name="pages", limit_s=FIRST_STEP_LIMIT_S)
                 stats.blocks_received += len(batch.block_ids)
                 missing.difference_update(batch.block_ids)
         if missing:

@@ -14,6 +14,7 @@ import structlog
 
 from stage_worker.device_thread import DeviceThread
 from stage_worker.membership import Membership
+from stage_worker.watchdog import FIRST_STEP_LIMIT_S
 from stagemesh.errors import QueueFull, StaleEpoch
 from stagemesh.page_frames import PageBatch, PagesRequest
 
@@ -44,6 +45,7 @@ class PageService:
                 if not self._membership.keeps_still(request, held):
                     raise StaleEpoch(f"the pages of {request.pipeline_id} are used again here")
                 some = block_ids[start : start + per_batch]
-                yield await self._device.run(functools.partial(store.read, some))
+                read = functools.partial(store.read, some)
+                yield await self._device.run(read, name="pages", limit_s=FIRST_STEP_LIMIT_S)
         finally:
             self._num_streams -= 1

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from stagemesh.errors import StageMeshError
 from stagemesh.plan import Epoch
+from stagemesh.transport import PING_TIMEOUT_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,14 @@ class Place:
     num_blocks: int
     keep_kv: bool
     pages: PageOrigin | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a worker waits: for signs of life of a neighbour, and for a step, at the least."""
+
+    ping_timeout_s: float = PING_TIMEOUT_S
+    step_timeout_s: float = 2.0
 
 
 class EpochReports(Protocol):

@@ -21,6 +21,7 @@ from stage_worker.device_thread import DeviceThread
 from stage_worker.leaving import Leaving
 from stage_worker.options import WorkerOptions
 from stage_worker.page_service import PageService
+from stage_worker.place import Patience
 from stage_worker.span_holder import SpanHolder
 from stage_worker.stats import Stats
 from stage_worker.worker import Parts, Worker
@@ -41,16 +42,27 @@ from stagemesh.wire import (
 )
 
 DEVICE_STOP_TIMEOUT_S = 5.0
+EXIT_HUNG = 70
+"""Exit code of a process whose device hung. Starting it again may help."""
 
 OnReady = Callable[[Mapping[str, object]], None]
 
 log = structlog.get_logger()
 
 
+def _end_hard() -> None:
+    os._exit(EXIT_HUNG)
+
+
 async def serve(
-    options: WorkerOptions, on_ready: OnReady | None = None, leaving: Leaving | None = None
+    options: WorkerOptions,
+    on_ready: OnReady | None = None,
+    leaving: Leaving | None = None,
+    *,
+    end_hard: Callable[[], None] = _end_hard,
 ) -> None:
-    """Runs one worker; `on_ready` gets its address and id before the scheduler is dialled.
+    """Runs one worker; `on_ready` gets its address and id before the scheduler is dialled, and
+    `end_hard` must end the process, whose device hangs.
 
     Raises what is wrong with the options, the model, or the address, and why the scheduler refused.
     """
@@ -67,10 +79,11 @@ async def serve(
                 options.scheduler,
                 Parts(device, holder, stats, group),
                 functools.partial(_set_health, server),
+                Patience(step_timeout_s=options.step_timeout_s),
             )
             membership = worker.membership
             handlers = push_handlers(
-                membership, stats.traffic, ping_timeout_s=lambda: membership.ping_timeout_s
+                membership, stats.traffic, ping_timeout_s=lambda: membership.patience.ping_timeout_s
             )
             pages = page_handlers(PageService(membership, device))
             server.server.add_generic_rpc_handlers((handlers, pages))
@@ -80,7 +93,9 @@ async def serve(
             identity = _identity(options, address, summary, dtype)
             if on_ready is not None:
                 on_ready({"address": address, "id": identity.worker_id})
+            guard = group.create_task(worker.guard_device(end_hard))
             await _run_and_leave(worker, identity, leaving or Leaving())
+            guard.cancel()
     finally:
         await server.stop(0)
         if not await device.stop(DEVICE_STOP_TIMEOUT_S):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from stage_worker.device_thread import DeviceThread
 from stage_worker.options import WorkerOptions
+from stage_worker.step_cost import StepCost
 from stagemesh.errors import CheckpointError, RequestCancelled
 from stagemesh.plan import ModelSummary, Span
 
@@ -33,6 +34,7 @@ class HeldSpan:
     span: Span
     facts: ExecutorFacts
     executor: StageExecutor
+    cost: StepCost
 
 
 class SpanHolder:
@@ -100,7 +102,7 @@ def _load(options: WorkerOptions, dtype: str, span: Span, on_progress: OnProgres
         max_log_memory_bytes=options.max_log_memory_bytes,
     )
     executor = StageExecutor.load(config, on_progress)
-    return HeldSpan(span, executor.facts, executor)
+    return HeldSpan(span, executor.facts, executor, StepCost(executor.spec, span))
 
 
 class _Throttled:

@@ -6,6 +6,7 @@ Turns commands into calls of the span holder and the membership, and their outco
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,9 +16,10 @@ from protos import mesh_pb2
 from stage_worker.control import ControlStream
 from stage_worker.device_thread import DeviceThread
 from stage_worker.membership import Membership
-from stage_worker.place import PageOrigin, Place
+from stage_worker.place import PageOrigin, Patience, Place
 from stage_worker.span_holder import HeldSpan, SpanHolder
 from stage_worker.stats import Stats
+from stage_worker.watchdog import watch
 from stagemesh.errors import CheckpointError, ConfigError, StageMeshError
 from stagemesh.plan import Span
 from stagemesh.wire import (
@@ -29,6 +31,8 @@ from stagemesh.wire import (
 )
 
 log = structlog.get_logger()
+
+LAST_WORDS_S = 0.1
 
 OnHealth = Callable[[bool, bool], None]
 
@@ -50,7 +54,9 @@ class Worker:
     of `parts` ends with the error of a load that can never succeed.
     """
 
-    def __init__(self, scheduler: str, parts: Parts, on_health: OnHealth) -> None:
+    def __init__(
+        self, scheduler: str, parts: Parts, on_health: OnHealth, patience: Patience
+    ) -> None:
         self._identity = mesh_pb2.RegisterWorker()
         self._scheduler = scheduler
         self._parts = parts
@@ -60,7 +66,7 @@ class Worker:
         self._loading: Span | None = None
         self._loads: set[asyncio.Task[None]] = set()
         self.control = ControlStream(scheduler, self)
-        self.membership = Membership(parts.group, parts.device, parts.stats, self)
+        self.membership = Membership(parts.group, parts.device, parts.stats, self, patience)
 
     async def run(self, identity: mesh_pb2.RegisterWorker) -> None:
         """Until the scheduler shuts the worker down. Raises why it was refused.
@@ -74,6 +80,15 @@ class Worker:
         finally:
             for task in self._loads:
                 task.cancel()
+
+    async def guard_device(self, end_hard: Callable[[], None]) -> None:
+        """Ends the process, once the device hangs: no other thread could take its place."""
+        error = await watch(self._parts.device)
+        log.error("the device hangs: the process ends", reason=str(error))
+        self.membership.fail(error)
+        await self.control.flush()
+        await asyncio.sleep(LAST_WORDS_S)  # for what was written to leave the process
+        end_hard()
 
     # ---- ControlledWorker
 
@@ -93,7 +108,9 @@ class Worker:
     def attached(self, welcome: mesh_pb2.WelcomeWorker) -> None:
         self.membership.follow_term(welcome.term)
         if welcome.lease_ms:
-            self.membership.ping_timeout_s = welcome.lease_ms / 1000
+            self.membership.patience = dataclasses.replace(
+                self.membership.patience, ping_timeout_s=welcome.lease_ms / 1000
+            )
         self._attached = True
         self._tell_health()
         log.info("attached to the scheduler", term=welcome.term)

@@ -24,6 +24,7 @@ Whatever a user or a peer can cause is one of these; `assert` is for our own bug
         StaleEpoch
         StepOutOfOrder
       PeerLost                    a stream to a peer broke
+      StepTimeout                 a step computed for far longer than it should
 """
 
 from __future__ import annotations
@@ -130,6 +131,10 @@ class PeerLost(StageMeshError):
     code = "peer_lost"
 
 
+class StepTimeout(StageMeshError):
+    code = "step_timeout"
+
+
 @dataclass(frozen=True, slots=True)
 class Outward:
     """How an error looks from outside. `grpc` is the name of a grpc.StatusCode."""
@@ -166,6 +171,7 @@ OUTWARD: dict[type[StageMeshError], Outward] = {
     StaleEpoch: _PRECONDITION,
     StepOutOfOrder: _PRECONDITION,
     PeerLost: _UNAVAILABLE,
+    StepTimeout: _INTERNAL,
 }
 
 _BY_CODE = {error.code: error for error in OUTWARD if error is not InternalError}

@@ -11,16 +11,19 @@ from pathlib import Path
 
 import pytest
 from support.mesh import wait_until
-from support.paths import DEMO_MODEL
+from support.paths import DEMO_MODEL, REPO
 from support.worker_links import (
     failure,
     link_scheduler,
     local_worker,
+    push_to,
     worker_process,
 )
 
+from stage_worker.server import EXIT_HUNG
 from stagemesh.errors import CheckpointError, ModelMismatch, SpanError
-from stagemesh.plan import Span
+from stagemesh.frames import StepFrame
+from stagemesh.plan import Epoch, Span, Step
 
 NUM_LAYERS = 6
 
@@ -107,6 +110,34 @@ async def test_a_scheduler_whose_name_is_not_known_yet_is_waited_for() -> None:
         await asyncio.to_thread(wait_until, lambda: told in worker.output(), 30.0, told)
         worker.signal(signal.SIGTERM)
         assert await worker.wait() == 0
+
+
+async def test_a_device_that_hangs_is_told_of_and_ends_the_process() -> None:
+    """The neighbour learns it from the connection, the scheduler what it was."""
+    hanging = (str(REPO / "tests/support/hanging_worker.py"),)
+    flags = ("--worker-id", "1", "--step-timeout", "500ms")
+    async with (
+        link_scheduler() as scheduler,
+        local_worker(DEMO_MODEL, scheduler.address, worker_id="0"),
+        worker_process(DEMO_MODEL, scheduler.address, *flags, program=hanging) as worker,
+    ):
+        links = [await scheduler.worker() for _ in range(2)]
+        links.sort(key=lambda link: link.registration.worker_id)
+        for link, span in zip(links, [(0, 3), (3, NUM_LAYERS)], strict=True):
+            await link.load(*span)
+        epoch = Epoch(1, 1)
+        await scheduler.form(links, epoch)
+        stream = await push_to(links[0], epoch)
+        for number in range(5):
+            await stream.send(StepFrame(Step("p", epoch, number, ())))
+        assert [(await scheduler.result()).step for _ in range(4)] == [0, 1, 2, 3]
+        broken = await links[1].expect("epoch_broken")
+        assert broken.error.code == "step_timeout"
+        assert "step 4" in broken.error.message
+        assert await worker.wait() == EXIT_HUNG
+        assert "the device hangs" in worker.output()
+        assert (await links[0].expect("epoch_broken")).peer_address == links[1].address
+        await stream.abandon()
 
 
 @pytest.mark.parametrize(

@@ -224,18 +224,21 @@ class WorkerProcess:
 
 @asynccontextmanager
 async def worker_process(
-    model: Path, scheduler_address: str, *flags: str
+    model: Path,
+    scheduler_address: str,
+    *flags: str,
+    program: Sequence[str] = ("-m", "stage_worker"),
 ) -> AsyncIterator[WorkerProcess]:
     """Kills the process at the end where it still runs, and prints what it logged."""
     with tempfile.NamedTemporaryFile(suffix=".log") as sink:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "stage_worker", "--model", str(model)),
+            *(sys.executable, *program, "--model", str(model)),
             *("--scheduler", scheduler_address, "--listen", "127.0.0.1:0"),
             *("--num-blocks", "32", *flags),
             stdout=sink,
             stderr=sink,
             cwd=REPO,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)},
         )
         worker = WorkerProcess(process, Path(sink.name))
         try:

@@ -1,0 +1,45 @@
+"""Finds a device thread that does not come back from a job.
+
+Counts what the job itself takes, not how long it waited, and only time in which this process was
+awake. Arithmetic cannot be interrupted: all that can be done is to say so and to end the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from stage_worker.device_thread import DeviceThread
+from stage_worker.step_cost import StepCost
+from stagemesh.errors import StepTimeout
+
+LOOK_S = 0.25
+FIRST_STEP_LIMIT_S = 60.0
+"""For the first steps after loading, of which nothing is known, and for what is no step."""
+_NUM_FIRST_STEPS = 3
+_SLACK = 10.0
+
+
+def step_limit_s(cost: StepCost, work: float, min_limit_s: float) -> float:
+    """How long a step may compute."""
+    if cost.num_observed < _NUM_FIRST_STEPS:
+        return max(FIRST_STEP_LIMIT_S, min_limit_s)
+    return max(min_limit_s, _SLACK * cost.predict_s(work))
+
+
+async def watch(device: DeviceThread) -> StepTimeout:
+    """Returns once a job has run for longer than it may."""
+    loop = asyncio.get_running_loop()
+    last_s, job, ran_s = loop.time(), device.running, 0.0
+    while True:
+        await asyncio.sleep(LOOK_S)
+        now_s = loop.time()
+        awake_s, last_s = min(now_s - last_s, 2 * LOOK_S), now_s
+        if device.running is not job:
+            job, ran_s = device.running, 0.0
+            continue
+        ran_s += awake_s
+        if job is not None and job.limit_s is not None and ran_s > job.limit_s:
+            return StepTimeout(
+                f"the device has been at work on {job.name} for {ran_s:.1f} s, of "
+                f"{job.limit_s:.1f} s that it may take"
+            )
