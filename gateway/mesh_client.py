@@ -119,6 +119,7 @@ class MeshClient:
                     self._on_lost(error)
                 except BaseExceptionGroup as group:
                     self._on_lost(_known_cause(group))
+                _check_cancelled()
                 await backoff.wait()
         finally:
             await self._status_channel.close()
@@ -258,6 +259,13 @@ def _end_error(message: mesh_pb2.RequestFinished) -> StageMeshError:
     if message.HasField("retry_after_ns"):
         error.retry_after_s = message.retry_after_ns / 1e9
     return error
+
+
+def _check_cancelled() -> None:
+    """A stream that breaks at the same moment hides that this task is to end."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def _known_cause(group: BaseExceptionGroup[BaseException]) -> StageMeshError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -56,6 +57,8 @@ class ScriptedScheduler(mesh_pb2_grpc.SchedulerServicer):
     num_attached: int = 0
     num_finished: int = 0
     num_heartbeats: int = 0
+    # Messages with tokens, by request.
+    num_written: Counter[int] = field(default_factory=Counter)
     repeats: int = 0  # how often each token is sent again
     beats: bool = True
     _streams: list[asyncio.Queue[mesh_pb2.GatewayEvent | None]] = field(default_factory=list)
@@ -80,6 +83,7 @@ class ScriptedScheduler(mesh_pb2_grpc.SchedulerServicer):
             beating = tasks.create_task(self._beat(events))
             while (event := await events.get()) is not None:
                 await context.write(event)
+                self.num_written[event.tokens.request] += 1
                 self.num_finished += event.WhichOneof("event") == "finished"
             reading.cancel()
             beating.cancel()
