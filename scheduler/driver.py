@@ -135,7 +135,7 @@ class Driver:
         self._gateway_lease_ns = peers.end_silent_gateways(now_ns)
         for overdue in self._watch.overdue(now_ns):
             self.membership.epochs.step_overdue(overdue, now_ns)
-        self.membership.tick(now_ns)
+        has_changed = self.membership.tick(now_ns)
         for effect in self.membership.take_effects():
             self._apply(effect, peers, links, now_ns)
         self._note_what_is_rebuilt(now_ns)
@@ -147,6 +147,11 @@ class Driver:
             await links.send(step)
         for event in self.core.take_events():
             peers.deliver(event)
+        if has_changed:
+            self._wake.set()  # one thing leads to another
+            self._look_again(peers)
+
+    def _look_again(self, peers: Peers) -> None:
         view = view_of(self.membership)
         if view != self.view:
             self.view = view

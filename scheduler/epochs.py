@@ -31,6 +31,8 @@ class Epochs:
         self._model = model
         self._roster = roster
         self._formation = formation
+        # Whether anything was said since this was last cleared.
+        self.has_news = False
 
     # ---- what workers say ----------------------------------------------------------------------
 
@@ -126,6 +128,7 @@ class Epochs:
 
     def _current(self, pipeline_id: str, epoch: Epoch) -> MeshPipeline | None:
         """The pipeline, if `epoch` is the one that it joins or serves; else the word is late."""
+        self.has_news = True
         pipeline = self._formation.pipeline(pipeline_id)
         return pipeline if pipeline is not None and pipeline.is_current(epoch) else None
 

@@ -55,6 +55,8 @@ class Membership:
         self.epochs = Epochs(limits, self.model, self._roster, self._formation)
         self._drains = Drains(self._roster, self._formation, self._effects.append, self._release)
         self._numbers = count(1)
+        self._has_news = False
+        self._due_ns: int | None = None
 
     # ---- what others ask -----------------------------------------------------------------------
 
@@ -85,12 +87,7 @@ class Membership:
 
     def wakeup_ns(self) -> int | None:
         """When `tick` must be called at the latest, if nothing else happens."""
-        times = [
-            self._roster.next_end_ns(),
-            self._formation.wakeup_ns(self.workers),
-            *(pipeline.wakeup_ns() for pipeline in self._formation.pipelines),
-        ]
-        return min((at for at in times if at is not None), default=None)
+        return self._due_ns
 
     # ---- workers come and go -------------------------------------------------------------------
 
@@ -100,6 +97,7 @@ class Membership:
         Raises ModelMismatch or SpanError where it is of no use to this mesh; then it is no member.
         Raises StaleEpoch where it has followed a scheduler that took this one's place, which ends.
         """
+        self._has_news = True
         self._check_usable(registration)
         self._exceed(registration, now_ns)
         old = self._roster.named(registration.worker_id)
@@ -118,6 +116,7 @@ class Membership:
 
     def was_deaf(self, duration_ns: int) -> None:
         """The scheduler itself stood still: that nobody was heard is nobody's fault."""
+        self._has_news = True
         self._roster.was_deaf(duration_ns)
 
     def heard(self, session: int, now_ns: int, stats: WorkerStats | None = None) -> None:
@@ -128,6 +127,7 @@ class Membership:
 
     def disconnected(self, session: int, now_ns: int) -> None:
         """The stream broke. The worker has a short while to come back."""
+        self._has_news = True
         worker = self._roster.on(session)
         if worker is None:
             return
@@ -138,6 +138,7 @@ class Membership:
             worker.pipeline.end_epoch(lost, now_ns)
 
     def goodbye(self, session: int, reason: str, now_ns: int) -> None:
+        self._has_news = True
         if worker := self._roster.on(session):
             log.info("a worker leaves", worker=worker.worker_id, reason=reason)
             self._remove(worker, PeerLost(f"worker {worker.worker_id} left: {reason}"), now_ns)
@@ -148,10 +149,12 @@ class Membership:
     ) -> int:
         """Has the worker's place handed over, and the worker leave; DrainDone with the number that
         is returned says that it is done. Raises InvalidRequest."""
+        self._has_news = True
         return self._drains.start(worker_id, to_worker_id, stay=stay, now_ns=now_ns)
 
     def draining(self, session: int, now_ns: int) -> None:
         """The worker was told to stop and serves on until it is released."""
+        self._has_news = True
         if worker := self._roster.on(session):
             self._drains.start(worker.worker_id, "", stay=False, now_ns=now_ns)
 
@@ -162,6 +165,7 @@ class Membership:
             worker.load_fraction = min(1.0, loaded_bytes / max(1, total_bytes))
 
     def span_loaded(self, session: int, loaded: LoadedSpan) -> None:
+        self._has_news = True
         worker = self._roster.on(session)
         if worker is None:
             return
@@ -170,6 +174,7 @@ class Membership:
 
     def failed(self, session: int, error: StageMeshError, now_ns: int) -> None:
         """The worker cannot do what it was told; it is not asked for it again."""
+        self._has_news = True
         worker = self._roster.on(session)
         if worker is None:
             return
@@ -184,13 +189,16 @@ class Membership:
 
     # ---- time ----------------------------------------------------------------------------------
 
-    def tick(self, now_ns: int) -> None:
-        """Ends leases and joins that take too long, fills places, begins epochs."""
-        for worker in self._roster.lost(now_ns):
-            how = "was silent for too long" if worker.away_ns is None else "did not come back"
-            lost = PeerLost(f"worker {worker.worker_id} {how}")
-            log.warning("a worker is lost", worker=worker.worker_id, reason=str(lost))
-            self._remove(worker, lost, now_ns)
+    def tick(self, now_ns: int) -> bool:
+        """Ends leases and joins that take too long, fills places, begins epochs.
+
+        Returns whether there was anything to look at: it is called for every step.
+        """
+        is_due = self._due_ns is not None and now_ns >= self._due_ns
+        if not (is_due or self._has_news or self.epochs.has_news):
+            return False
+        self._has_news = self.epochs.has_news = False
+        self._lose_silent(now_ns)
         self.epochs.settle(now_ns, self.max_model_len)
         if self.model.summary is not None:
             self._drains.take_back(now_ns)
@@ -198,8 +206,26 @@ class Membership:
             self._drains.advance(now_ns)
         for worker, error in self.epochs.begin(now_ns):
             self._remove(worker, error, now_ns, refusal=error)
+        self._has_news = bool(self._effects)  # one thing leads to another
+        self._due_ns = self._next_due_ns()
+        return True
 
     # ---- inside --------------------------------------------------------------------------------
+
+    def _lose_silent(self, now_ns: int) -> None:
+        for worker in self._roster.lost(now_ns):
+            how = "was silent for too long" if worker.away_ns is None else "did not come back"
+            lost = PeerLost(f"worker {worker.worker_id} {how}")
+            log.warning("a worker is lost", worker=worker.worker_id, reason=str(lost))
+            self._remove(worker, lost, now_ns)
+
+    def _next_due_ns(self) -> int | None:
+        times = [
+            self._roster.next_end_ns(),
+            self._formation.wakeup_ns(self.workers),
+            *(pipeline.wakeup_ns() for pipeline in self._formation.pipelines),
+        ]
+        return min((at for at in times if at is not None), default=None)
 
     def _check_usable(self, registration: Registration) -> None:
         num_layers = registration.model.num_layers
