@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from typing import Any
 
@@ -45,6 +46,8 @@ class TextGenerationServicer(pb_grpc.TextGenerationServicer):
         with request_context(request_id):
             try:
                 await self._generate(request, request_id, context)
+            except grpc.aio.AbortError:
+                raise  # it was told already
             except Exception as error:
                 await abort_with(context, _known(error))
 
@@ -61,7 +64,8 @@ class TextGenerationServicer(pb_grpc.TextGenerationServicer):
                 choice.close()
                 # The status waits behind what was not read. Until then the call keeps its place
                 # among those that the gateway holds, so that these are bounded too.
-                await abort_with(context, error)
+                with contextlib.suppress(grpc.aio.InternalError):  # it went away instead
+                    await abort_with(context, error)
 
     async def _write(self, context: Context, response: pb.GenerateResponse) -> None:
         """Waits while the client's window is full, which is all that is buffered beside it."""
