@@ -25,6 +25,7 @@ from stage_worker.payload import bytes_view, hidden_from_bytes
 from stage_worker.results import RowSampler
 from stage_worker.rope import inverse_frequencies
 from stage_worker.sequences import Sequence, SequenceTable
+from stage_worker.warm_up import warm_up
 from stagemesh.errors import ProtocolError
 from stagemesh.plan import Row, RowResult, Step
 
@@ -86,13 +87,20 @@ class StageExecutor:
     @classmethod
     @torch.inference_mode()
     def load(cls, config: ExecutorConfig, on_progress: Callable[[int, int], None]) -> StageExecutor:
-        """A stage as `stage_worker.loading.load_stage` loads it, with its errors."""
-        return cls(load_stage(config, on_progress))
+        """A stage as `stage_worker.loading.load_stage` loads it, with its errors; warmed up."""
+        executor = cls(load_stage(config, on_progress))
+        warm_up(executor, config.span)
+        return executor
 
     @property
     def dtype(self) -> str:
         """What weights, KV and hidden states on the wire are in."""
         return DTYPE_NAMES[self._dtype]
+
+    @property
+    def item_bytes(self) -> int:
+        """Of one number in that type."""
+        return self._dtype.itemsize
 
     @property
     def num_sequences(self) -> int:
