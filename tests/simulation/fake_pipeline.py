@@ -120,10 +120,12 @@ class FakePipeline:
 
     def _move(self, broken: Break) -> None:
         """New workers join, and fetch the pages of those whose places they take."""
-        block_ids = self._world.core.blocks_in_use(self.pipeline_id)
+        in_use = self._world.core.blocks_in_use(self.pipeline_id)
         for stage in broken.moved:
             old, new = self._stages[stage], self._make_stage(stage, broken.num_blocks)
-            new.memory.fetch(old.memory, block_ids)
+            block_ids = [block_id for block_id in in_use if block_id < new.memory.num_blocks]
+            if not new.memory.fetch(old.memory, block_ids):
+                self._lost.add(stage)
             self._stages[stage] = new
             self.num_moves += 1
 

@@ -49,17 +49,19 @@ class StageMemory:
             values += pages[block_id]
         return values[start - first * size : end - first * size]
 
-    def fetch(self, source: StageMemory, block_ids: Iterable[int]) -> None:
-        """Takes these blocks over from another worker's memory; the log as far as both keep one."""
-        fetched = [b for b in block_ids if b < min(self.num_blocks, source.num_blocks)]
-        self.num_log_blocks = min(self.num_log_blocks, source.num_log_blocks)
+    def fetch(self, source: StageMemory, block_ids: Iterable[int]) -> bool:
+        """Takes these blocks over from another worker's memory. Returns whether all of them were
+        there, and in its log where this one keeps a log of them."""
+        wanted = set(block_ids)
+        fetched = {block_id for block_id in wanted if block_id < source.num_blocks}
         for block_id in fetched:
             for layer in self.layers:
                 self.pages[layer][block_id] = list(source.pages[layer][block_id])
-            if block_id < self.num_log_blocks:
+            if block_id < min(self.num_log_blocks, source.num_log_blocks):
                 self.log[block_id] = list(source.log[block_id])
-        moved = set(fetched)
-        self.settled |= {slot: who for slot, who in source.settled.items() if slot[0] in moved}
+        self.settled |= {slot: who for slot, who in source.settled.items() if slot[0] in fetched}
+        lacking = {b for b in wanted if source.num_log_blocks <= b < self.num_log_blocks}
+        return fetched == wanted and not lacking
 
     def _rubbish(self, layer: int, num_blocks: int) -> Pages:
         size = self.block_size

@@ -1,0 +1,297 @@
+"""A worker process as the scheduler knows it: registers, loads, obeys; without numbers or sockets.
+
+Does what stage_worker/worker.py and stage_worker/membership.py do. Epochs are fake_member's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from simulation.clock import MS, S
+from simulation.fake_member import Member
+from simulation.fake_pages import give_pages
+from simulation.fake_stage import FakeStage
+from simulation.mesh_messages import Hello, PagesRequest, Refused, Welcome, Word
+from simulation.mesh_scenario import WorkerShape
+from simulation.process import End, Process
+from simulation.stage_memory import StageMemory
+
+from scheduler.messages import (
+    JoinEpoch,
+    LeaveEpoch,
+    LoadedSpan,
+    LoadSpan,
+    Registration,
+    ShutdownWorker,
+)
+from scheduler.workers import WorkerStats
+from stagemesh.errors import ProtocolError, StageMeshError, StaleEpoch
+from stagemesh.plan import Epoch, Span
+
+if TYPE_CHECKING:
+    from simulation.mesh_world import MeshWorld
+
+_HEARTBEAT_NS = S // 2
+_EARLY_HELLO_NS = 10 * S
+_PATIENCE_NS = 10 * S
+_AMPLE_BYTES = 10**12  # whatever it is told to load fits
+
+
+class FakeWorker(Process):
+    """`slow`: how many times as long a step takes. `num_faults` steps to come will fail."""
+
+    def __init__(self, world: MeshWorld, shape: WorkerShape, incarnation: int) -> None:
+        super().__init__(world.clock, shape.name, f"{world.seed} {incarnation}")
+        self.world = world
+        self.shape = shape
+        self.incarnation = incarnation
+        self.slow = 1
+        self.num_faults = self.num_queued = 0
+        self.stage: FakeStage | None = None
+        self.loaded: LoadedSpan | None = None
+        self._loading: Span | None = None
+        self._control: End | None = None
+        self._term = 0
+        self._latest: dict[str, Epoch] = {}
+        self._member: Member | None = None
+        self._early: list[tuple[End, Hello]] = []
+        self._device_ready_ns = 0
+        self._kv_of: str | None = None  # the pipeline whose pages these are
+        self._salt = self.random.getrandbits(40)
+
+    @property
+    def member(self) -> Member | None:
+        return self._member
+
+    # ---- the control stream --------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._dial()
+        self.after(_HEARTBEAT_NS, self._beat)
+
+    def say(self, word: Word) -> None:
+        if self._control is not None:
+            self._control.send(word)
+
+    def control_breaks(self) -> None:
+        """Somewhere between the worker and the scheduler."""
+        if self._control is not None:
+            self._control.cut()
+
+    def drain(self) -> None:
+        """SIGTERM: it serves on until it is released, or its patience ends."""
+        self.say(lambda members, session, now_ns: members.draining(session, now_ns))
+        self.after(_PATIENCE_NS, self._say_goodbye)
+
+    def _say_goodbye(self) -> None:
+        self.say(lambda members, session, now_ns: members.goodbye(session, "SIGTERM", now_ns))
+        self.exits()
+
+    def exits(self) -> None:
+        self.die()
+        self.world.worker_exited(self)
+
+    def _dial(self) -> None:
+        scheduler = self.world.scheduler
+        end = self.dial(scheduler, scheduler.accept_worker)
+        end.on_message = lambda message: self._obey(end, message)
+        end.on_closed = lambda: self._detached(end)
+        self._control = end
+        end.send(self._registration())
+
+    def _detached(self, end: End) -> None:
+        """The scheduler takes the worker for lost, so its epoch is over; what it holds it keeps."""
+        if self._control is end:
+            self._control = None
+            self.leave()
+            self.after(self.random.randint(20 * MS, 400 * MS), self._dial)
+
+    def _beat(self) -> None:
+        stats = WorkerStats(steps_queued=self.num_queued, available_memory_bytes=_AMPLE_BYTES)
+        self.say(lambda members, session, now_ns: members.heard(session, now_ns, stats))
+        self.after(_HEARTBEAT_NS, self._beat)
+
+    def _registration(self) -> Registration:
+        return Registration(
+            worker_id=self.name,
+            incarnation=self.incarnation,
+            address=self.name,
+            model=self.world.model,
+            fixed_span=self.shape.fixed_span,
+            loaded=self.loaded,
+            scheduler_address="scheduler",
+            available_memory_bytes=_AMPLE_BYTES,
+            followed_term=self._term,
+        )
+
+    # ---- commands ------------------------------------------------------------------------------
+
+    def _obey(self, end: End, command: object) -> None:
+        if end is not self._control:
+            return
+        match command:
+            case Welcome(term):
+                if term < self._term:
+                    end.close()
+                    self._detached(end)
+                self._follow_term(term)
+            case Refused(reason):
+                raise AssertionError(f"worker {self.name} is refused: {reason}")
+            case LoadSpan(span):
+                self._load(span)
+            case JoinEpoch():
+                self._join(command)
+            case LeaveEpoch(pipeline_id, epoch):
+                self.leave(pipeline_id, epoch)
+            case ShutdownWorker():
+                self.exits()
+            case _:
+                raise AssertionError(f"a command that is not known: {command}")
+
+    def _load(self, span: Span) -> None:
+        if self._loading == span:
+            return
+        self._loading = span
+        self.leave()
+        self.loaded, self.stage, self._kv_of = None, None, None
+        self.after(self.shape.load_ns, lambda: self._has_loaded(span))
+
+    def _has_loaded(self, span: Span) -> None:
+        if self._loading != span:
+            return  # told otherwise meanwhile
+        self._loading = None
+        shape = self.shape
+        layers = range(span.start, span.end)
+        is_last = span.end == self.world.model.num_layers
+        num_log_blocks = 0 if is_last else shape.num_log_blocks
+        self._salt += 1
+        memory = StageMemory(
+            layers,
+            num_blocks=shape.num_blocks,
+            num_log_blocks=num_log_blocks,
+            block_size=self.world.scenario.block_size,
+            salt=self._salt,
+        )
+        self.stage = FakeStage(memory, self.world.scenario.dynamic_rope, {})
+        loaded = LoadedSpan(
+            span,
+            shape.num_blocks,
+            self.world.scenario.block_size,
+            num_log_blocks=num_log_blocks,
+        )
+        self.loaded = loaded
+        self.say(lambda members, session, now_ns: members.span_loaded(session, loaded))
+
+    # ---- epochs --------------------------------------------------------------------------------
+
+    def leave(self, pipeline_id: str | None = None, epoch: Epoch | None = None) -> None:
+        """Ends the current epoch, if it is the one named or none is."""
+        member = self._member
+        if member is None:
+            return
+        place = member.place
+        if epoch is None or (place.pipeline_id, place.epoch) == (pipeline_id, epoch):
+            member.end()
+            self._member = None
+            self.look_at_early_hellos()
+
+    def report_broken(self, place: JoinEpoch, error: StageMeshError, peer_address: str) -> None:
+        self.world.say(f"{self.name}: {place.pipeline_id} {place.epoch.n} is broken: {error}")
+        self.say(
+            lambda members, session, now_ns: members.epochs.broken(
+                session, place.pipeline_id, place.epoch, error, peer_address, now_ns
+            )
+        )
+
+    def on_device(self, duration_ns: int, what: Callable[[], None]) -> None:
+        """One thing after another."""
+        start_ns = max(self.clock.now_ns, self._device_ready_ns)
+        self._device_ready_ns = start_ns + duration_ns * self.slow
+        self.num_queued += 1
+
+        def done() -> None:
+            self.num_queued -= 1
+            what()
+
+        self.clock.at(self._device_ready_ns, lambda: self.happens(done))
+
+    def _follow_term(self, term: int) -> None:
+        if term > self._term:
+            self._term = term
+            self._latest.clear()
+
+    def _join(self, place: JoinEpoch) -> None:
+        latest = self._latest.get(place.pipeline_id, Epoch(0, 0))
+        if place.epoch <= latest or place.epoch.term < self._term:
+            self.report_broken(place, StaleEpoch(f"{place.epoch} is not newer than {latest}"), "")
+            return
+        if self.stage is None:
+            self.report_broken(place, ProtocolError("no layers are loaded here"), "")
+            return
+        if place.keep_kv and self._kv_of != place.pipeline_id:
+            error = ProtocolError(f"no KV of {place.pipeline_id} is held here")
+            self.report_broken(place, error, "")
+            return
+        self._kv_of = place.pipeline_id
+        self.leave()
+        self._follow_term(place.epoch.term)
+        self._latest[place.pipeline_id] = place.epoch
+        self._member = Member(self, place, self.stage)
+        self._member.begin()
+
+    # ---- streams of other stages ---------------------------------------------------------------
+
+    def accept_stream(self, end: End) -> None:
+        end.on_message = lambda message: self._first_message(end, message)
+
+    def _first_message(self, end: End, message: object) -> None:
+        if isinstance(message, PagesRequest):
+            give_pages(self, end, message)
+            return
+        assert isinstance(message, Hello), f"not the first message of a stream: {message}"
+        self._early.append((end, message))
+        self.after(_EARLY_HELLO_NS, lambda: self._refuse_late(end))
+        self.look_at_early_hellos()
+
+    def _refuse_late(self, end: End) -> None:
+        if any(end is early for early, _ in self._early):
+            end.close()
+            self._early = [each for each in self._early if each[0] is not end]
+
+    def look_at_early_hellos(self) -> None:
+        """Streams of epochs that this worker may hear of yet wait."""
+        waiting, self._early = self._early, []
+        for end, hello in waiting:
+            member = self._member
+            if member is not None and (hello.pipeline_id, hello.epoch) == member.key:
+                if member.ended or member.has_incoming:
+                    end.close()
+                elif member.is_accepting:
+                    member.take_incoming(end, hello)
+                else:
+                    self._early.append((end, hello))
+            elif hello.epoch <= self._latest.get(hello.pipeline_id, Epoch(self._term, 0)):
+                end.close()  # over
+            else:
+                self._early.append((end, hello))
+
+    # ---- pages ---------------------------------------------------------------------------------
+
+    def give_up(self, request: PagesRequest) -> FakeStage | None:
+        """Ends all epochs of the pipeline before that of the request; what holds the pages, if
+        they are the pipeline's and whoever asks is not too late."""
+        latest = self._latest.get(request.pipeline_id, Epoch(0, 0))
+        is_asked_for = self._kv_of == request.pipeline_id and self.loaded is not None
+        if request.epoch.term < self._term or request.epoch < latest or not is_asked_for:
+            return None
+        is_current = self._member is not None and self._member.place.epoch == request.epoch
+        if is_current or self.loaded is None or self.loaded.span != request.span:
+            return None
+        self.leave()
+        self._latest[request.pipeline_id] = request.epoch
+        return self.stage
+
+    def keeps_still(self, request: PagesRequest, stage: FakeStage) -> bool:
+        is_latest = self._latest.get(request.pipeline_id) == request.epoch
+        return is_latest and self._member is None and self.stage is stage

@@ -1,0 +1,163 @@
+"""What one seed of the larger world means: workers, gateways, requests, faults at their times."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Literal
+
+from simulation.arrivals import Arrival, draw_arrivals
+from simulation.clock import MS, S
+
+from scheduler.core import SchedulerLimits
+from scheduler.limits import MembershipLimits
+from stagemesh.plan import Span
+
+SCHEDULER = "scheduler"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerShape:
+    name: str
+    num_blocks: int
+    num_log_blocks: int
+    load_ns: int = 500 * MS
+    compute_ns: int = 5 * MS
+    start_ns: int = 0
+    fixed_span: Span | None = None
+
+
+Kind = Literal[
+    "crash", "freeze", "slow", "control", "data", "silence", "fault", "drain", "move", "sigterm"
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """At `at_ns` something happens to the process `who`; it lasts `for_ns` where it lasts.
+
+    crash: it dies, and another incarnation starts afterwards. freeze: it stands still. slow: its
+    steps take ten times as long. control: its control stream breaks. data: its outgoing data stream
+    breaks. silence: what it sends on gets lost. fault: its next step fails. drain: an operator has
+    it replaced, and starts another process afterwards. move: it hands its span over and stays.
+    sigterm: it asks to be replaced, and starts again.
+    """
+
+    at_ns: int
+    kind: Kind
+    who: str
+    for_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MeshScenario:
+    limits: SchedulerLimits
+    membership: MembershipLimits
+    workers: tuple[WorkerShape, ...]
+    arrivals: tuple[Arrival, ...]
+    faults: tuple[Fault, ...] = ()
+    block_size: int = 4
+    max_model_len: int = 64
+    dynamic_rope: int = 0
+    num_gateways: int = 1
+
+    @property
+    def end_ns(self) -> int:
+        """When everybody is there for good."""
+        ends = [fault.at_ns + fault.for_ns for fault in self.faults]
+        return max([*ends, *(each.at_ns for each in self.arrivals)], default=0) + S
+
+
+_GENTLE: tuple[Kind, ...] = ("drain", "move", "sigterm")
+
+
+def gateway_name(number: int) -> str:
+    return f"gateway{number}"
+
+
+def draw_mesh(random: Random) -> MeshScenario:
+    block_size = random.choice((2, 3, 4, 8))
+    max_model_len = random.randint(16, 64)
+    num_stages = random.choice((1, 2, 2, 3, 3, 4))
+    num_replicas = random.choice((1, 1, 1, 2))
+    num_workers = num_stages * num_replicas + random.choice((0, 1, 1, 2))
+    membership = MembershipLimits(
+        num_stages=num_stages,
+        num_replicas=num_replicas,
+        settle_ns=S,
+        join_timeout_ns=5 * S,
+        takeover_after_ns=random.choice((S, 10 * S)),
+    )
+    min_blocks = -(-max_model_len // block_size)
+    calm = MeshScenario(
+        limits=_limits(random),
+        membership=membership,
+        workers=tuple(_worker(random, f"w{n}", min_blocks) for n in range(num_workers)),
+        arrivals=_arrivals(random, max_model_len),
+        block_size=block_size,
+        max_model_len=max_model_len,
+        dynamic_rope=random.choice((0, 0, max_model_len // 2)),
+        num_gateways=random.choice((1, 1, 2)),
+    )
+    return calm if random.random() < 0.1 else replace(calm, faults=tuple(_faults(random, calm)))
+
+
+def _limits(random: Random) -> SchedulerLimits:
+    return SchedulerLimits(
+        max_running_requests=random.choice((2, 5, 64)),
+        max_step_tokens=random.choice((4, 16, 64)),
+        max_chunk_tokens=random.choice((None, None, 7)),
+        prefix_cache=random.random() < 0.8,
+    )
+
+
+def _worker(random: Random, name: str, min_blocks: int) -> WorkerShape:
+    """Each holds the longest request; a log may be shorter."""
+    num_blocks = min_blocks * random.choice((1, 2, 3, 4)) + random.randrange(3)
+    return WorkerShape(
+        name,
+        num_blocks,
+        num_log_blocks=random.choice((num_blocks, num_blocks, num_blocks // 4, 0)),
+        load_ns=random.randint(20 * MS, S),
+        compute_ns=random.choice((MS, 10 * MS, 30 * MS)) + random.randrange(MS),
+        start_ns=random.choice((0, random.randrange(2 * S))),
+    )
+
+
+def _arrivals(random: Random, max_model_len: int) -> tuple[Arrival, ...]:
+    """Requests over some ten seconds, most of them long, none longer than what a worker holds."""
+    arrivals = []
+    for each in draw_arrivals(random, max_model_len - 1):
+        request = each.request
+        room = max_model_len - len(request.prompt_token_ids)
+        if room < 1:
+            continue
+        at_ns = random.randrange(10 * S)
+        deadline_ns = at_ns + random.randrange(20 * S) if random.random() < 0.1 else None
+        max_tokens = room if random.random() < 0.5 else min(room, request.max_tokens)
+        request = replace(request, attempt=0, max_tokens=max_tokens, deadline_ns=deadline_ns)
+        abort_after_ns = random.randrange(5 * S) if random.random() < 0.1 else None
+        arrivals.append(Arrival(at_ns, request, abort_after_ns=abort_after_ns))
+    return tuple(sorted(arrivals, key=lambda arrival: arrival.at_ns))
+
+
+def _faults(random: Random, scenario: MeshScenario) -> Iterator[Fault]:
+    names = [worker.name for worker in scenario.workers]
+    at_ns = S
+    for _ in range(random.choice((1, 4, 8, 16))):
+        at_ns += round(random.expovariate(1) * random.choice((50 * MS, 500 * MS, 1500 * MS)))
+        kind: Kind = random.choice(
+            ("crash", "crash", "freeze", "slow", "control", "data", "silence", *_GENTLE)
+        )
+        for_ns = random.choice((10 * MS, 100 * MS, 500 * MS, 3 * S, 8 * S))
+        yield Fault(at_ns, kind, random.choice(names), for_ns)
+    if random.random() < 0.2:
+        yield Fault(random.randrange(8 * S), "fault", random.choice(names))
+    if random.random() < 0.25:
+        kind = random.choice(("crash", "freeze"))
+        yield Fault(random.randrange(8 * S), kind, SCHEDULER, random.randrange(4 * S))
+    if random.random() < 0.2:
+        kind = random.choice(("crash", "freeze", "control"))
+        who = gateway_name(random.randrange(scenario.num_gateways))
+        yield Fault(random.randrange(8 * S), kind, who, random.randrange(4 * S))

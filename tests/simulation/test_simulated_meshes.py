@@ -1,0 +1,39 @@
+"""The real membership and core in a mesh where everything breaks, hundreds of seeds of it.
+
+`make sim SEED=n ARGS=--mesh` replays one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from simulation.mesh_world import MeshWorld
+
+NUM_SEEDS = 384
+SEEDS_PER_TEST = 32
+
+
+@pytest.mark.parametrize("first", range(0, NUM_SEEDS, SEEDS_PER_TEST))
+def test_no_fault_costs_a_token_or_a_request(first: int) -> None:
+    for seed in range(first, first + SEEDS_PER_TEST):
+        print(f"seed {seed}")
+        MeshWorld(seed).run()
+
+
+def test_a_mesh_of_a_seed_is_always_the_same() -> None:
+    traces: list[list[str]] = [[], []]
+    for trace in traces:
+        MeshWorld(3, trace=trace.append).run()
+    assert traces[0] == traces[1]
+    assert any("fault" in line for line in traces[0])
+
+
+def test_the_meshes_meet_what_they_are_for() -> None:
+    met: Counter[str] = Counter()
+    for seed in range(1000, 1060):
+        met += MeshWorld(seed).run().met
+    print(met)
+    assert all(met[kind] > 10 for kind in ("crash", "freeze", "slow", "control", "data", "silence"))
+    assert met["rows from a log"] > 20
+    assert met["rows without writing"] > 5
