@@ -29,6 +29,9 @@ from stagemesh.wire import error_from_proto
 
 WELCOME_TIMEOUT_S = 15.0
 FLUSH_TIMEOUT_S = 1.0
+MAX_BACKOFF_S = 2.0
+MAX_QUEUED_MESSAGES = 1024
+MAX_QUEUED_PROGRESS = 16
 PASSING = (PeerLost, MeshUnavailable, QueueFull, StaleEpoch)
 """Refusals after which a worker dials again; after any other it ends."""
 
@@ -57,7 +60,9 @@ class ControlStream:
         self._address = address
         self._worker = worker
         self._outbox: asyncio.Queue[mesh_pb2.WorkerMessage] | None = None
-        self._backoff = Backoff()
+        self._call: _Call | None = None
+        self._backoff = Backoff(max_s=MAX_BACKOFF_S)
+        self._was_up = False
         self._done = False
         self._is_leaving = False
         self._draining = mesh_pb2.WorkerMessage()
@@ -65,9 +70,20 @@ class ControlStream:
         self._last_reason = ""
 
     def send(self, message: mesh_pb2.WorkerMessage) -> None:
-        """Queues a message. While there is no stream it is dropped: registering tells all anew."""
-        if self._outbox is not None:
+        """Queues a message. While there is no stream it is dropped: registering tells all anew.
+
+        A scheduler that does not read loses the stream, rather than a word of it.
+        """
+        if self._outbox is None or self._call is None:
+            return
+        is_progress = message.WhichOneof("message") == "load_progress"
+        if is_progress and self._outbox.qsize() >= MAX_QUEUED_PROGRESS:
+            return
+        try:
             self._outbox.put_nowait(message)
+        except asyncio.QueueFull:
+            log.warning("the scheduler does not read", scheduler=self._address)
+            self._call.cancel()
 
     async def run(self) -> None:
         """Until the scheduler shuts the worker down. Raises why it refused the worker for good."""
@@ -80,7 +96,9 @@ class ControlStream:
                 if self._done:
                     raise
                 self._log_once(str(error))
-            if not self._done:
+            if self._was_up:
+                self._was_up = False  # what broke may be whole again: the first dial is at once
+            elif not self._done:
                 await self._backoff.wait()
 
     def drain(self, reason: str, patience_s: float) -> bool:
@@ -138,7 +156,8 @@ class ControlStream:
         return command.welcome
 
     async def _serve(self, call: _Call, welcome: mesh_pb2.WelcomeWorker) -> None:
-        outbox = self._outbox = asyncio.Queue()
+        outbox = self._outbox = asyncio.Queue(MAX_QUEUED_MESSAGES)
+        self._call = call
         try:
             self._worker.attached(welcome)
             self._ask_again()
@@ -151,7 +170,7 @@ class ControlStream:
         except ExceptionGroup as failures:
             raise root_cause(failures) from None
         finally:
-            self._outbox = None
+            self._outbox = self._call = None
             self._worker.detached()
 
     async def _obey(self, call: _Call) -> None:
@@ -194,6 +213,7 @@ class ControlStream:
         while True:
             await asyncio.sleep(max(0.01, interval_s))
             self._backoff.reset()  # only now: a stream that breaks at once is no success
+            self._was_up = True
             self._last_reason = ""
             if self._outbox is not None and self._outbox.empty():
                 heartbeat = mesh_pb2.WorkerHeartbeat(stats=self._worker.stats())

@@ -21,6 +21,7 @@ from stage_worker.watchdog import FIRST_STEP_LIMIT_S, step_limit_s
 from stagemesh.errors import (
     InternalError,
     ProtocolError,
+    QueueFull,
     StageMeshError,
     StaleEpoch,
     StepOutOfOrder,
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from stage_worker.executor import StageOutput
 
 OPEN_TIMEOUT_S = 15.0
+# The scheduler has few steps in flight; these only bound what a peer could do to our memory.
+MAX_QUEUED_STEPS = 64
+MAX_QUEUED_BYTES = 2**30
 
 log = structlog.get_logger()
 
@@ -63,7 +67,8 @@ class EpochMember:
         self._patience = patience
         self._next_step = 0
         self._executing: asyncio.Queue[tuple[StepFrame, asyncio.Future[Outcome[StageOutput]]]]
-        self._executing = asyncio.Queue()
+        self._executing = asyncio.Queue(MAX_QUEUED_STEPS)
+        self._queued_bytes = 0
         self._ended: asyncio.Future[StageMeshError] = asyncio.get_running_loop().create_future()
         self._device_may_go_on = True  # read by the device thread
 
@@ -97,7 +102,12 @@ class EpochMember:
         if step.step != self._next_step:
             self.fail(StepOutOfOrder(f"step {step.step} came, {self._next_step} was due"))
             raise self._ended.result()
+        num_bytes = len(message.payload)
+        if self._executing.full() or self._queued_bytes + num_bytes > MAX_QUEUED_BYTES:
+            self.fail(QueueFull(f"step {step.step} is one more than this stage has room for"))
+            raise self._ended.result()
         self._next_step += 1
+        self._queued_bytes += num_bytes
         cost = self.held.cost
         work = cost.work_of(step, self.place.stage)
         outcome = self._device.submit(
@@ -176,6 +186,7 @@ class EpochMember:
         while True:
             frame, future = await self._executing.get()
             outcome = await future
+            self._queued_bytes -= len(frame.payload)
             if outcome.error is not None:
                 self.fail(self._explained(outcome.error, frame))
                 return

@@ -56,6 +56,12 @@ class WorkerOptions:
         kind=Kind.DURATION,
         minimum=0.1,
     )
+    drain_timeout_s: float = option(
+        8.0,
+        help="told to stop, how long to wait for the layers to be handed over",
+        kind=Kind.DURATION,
+        minimum=0,
+    )
     threads: int = option(
         0, help="threads for arithmetic; 0: OMP_NUM_THREADS or all cores", minimum=0, maximum=1024
     )

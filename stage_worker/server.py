@@ -94,7 +94,13 @@ async def serve(
             if on_ready is not None:
                 on_ready({"address": address, "id": identity.worker_id})
             guard = group.create_task(worker.guard_device(end_hard))
-            await _run_and_leave(worker, identity, leaving or Leaving())
+            leaving = leaving or Leaving()
+            leaving.worker_runs(
+                worker.control,
+                is_needed=lambda: membership.has_kv,
+                patience_s=options.drain_timeout_s,
+            )
+            await _run_and_leave(worker, identity, leaving)
             guard.cancel()
     finally:
         await server.stop(0)
@@ -108,7 +114,6 @@ async def _run_and_leave(
     """Says goodbye while the control stream is still there, if this is cancelled or told to go."""
     running = asyncio.create_task(worker.run(identity))
     impatience = asyncio.create_task(leaving.patience_ended())
-    leaving.worker_runs(worker.control)
     try:
         await asyncio.wait([running, impatience], return_when=asyncio.FIRST_COMPLETED)
     finally:

@@ -6,6 +6,7 @@ event loop answers meanwhile.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stage_worker.device_thread import DeviceThread
+from stage_worker.host_memory import available_host_bytes
 from stage_worker.options import WorkerOptions
 from stage_worker.step_cost import StepCost
 from stagemesh.errors import CheckpointError, RequestCancelled
@@ -46,6 +48,11 @@ class SpanHolder:
         self._device = device
         self.held: HeldSpan | None = None
         self._stamps: FileStamps = ()
+        self._device_bytes = 0  # as last measured, by the device thread
+
+    def available_bytes(self) -> int:
+        """Memory that could be allocated for layers; on a GPU, when layers were last loaded."""
+        return available_host_bytes() if self._options.device == "cpu" else self._device_bytes
 
     async def summarise(self) -> ModelSummary:
         """What this worker says of its model; what it loads later is of the same files.
@@ -72,6 +79,7 @@ class SpanHolder:
         from stage_worker.identity import file_stamps, summarise
 
         self._stamps = file_stamps(self._options.model)  # first: a change meanwhile counts too
+        self._measure()
         return summarise(self._options.model)
 
     def _load(self, span: Span, on_progress: OnProgress) -> HeldSpan:
@@ -83,7 +91,17 @@ class SpanHolder:
                 f"files of {self._options.model} have changed since this worker told the mesh "
                 "what they hold; start it again"
             )
+        self._measure()
         return held
+
+    def _measure(self) -> None:
+        if self._options.device != "cpu":
+            import torch
+
+            from stage_worker.memory import available_bytes
+
+            with contextlib.suppress(RuntimeError, AssertionError):  # a device that is not there
+                self._device_bytes = available_bytes(torch.device(self._options.device))
 
 
 def _load(options: WorkerOptions, dtype: str, span: Span, on_progress: OnProgress) -> HeldSpan:

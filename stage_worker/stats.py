@@ -31,7 +31,9 @@ class Stats:
         self.compute_ns += timing.compute_ns
         self.idle_ns += timing.idle_ns
 
-    def to_proto(self, steps_queued: int, sequences_held: int) -> mesh_pb2.WorkerStats:
+    def to_proto(
+        self, steps_queued: int, sequences_held: int, available_bytes: int
+    ) -> mesh_pb2.WorkerStats:
         return mesh_pb2.WorkerStats(
             rss_anon_bytes=rss_anon_bytes(),
             steps_executed=self.steps_executed,
@@ -43,6 +45,7 @@ class Stats:
             bytes_sent=self.traffic.bytes_sent,
             messages_sent=self.traffic.messages_sent,
             sequences_held=sequences_held,
+            available_memory_bytes=available_bytes,
             blocks_received=self.blocks_received,
         )
 

@@ -95,6 +95,7 @@ class Worker:
     def registration(self) -> mesh_pb2.RegisterWorker:
         registration = mesh_pb2.RegisterWorker()
         registration.CopyFrom(self._identity)
+        registration.available_memory_bytes = self._parts.holder.available_bytes()
         registration.followed_term = self.membership.term
         if self._parts.holder.held is not None:
             registration.loaded.CopyFrom(_span_loaded(self._parts.holder.held))
@@ -103,7 +104,9 @@ class Worker:
     def stats(self) -> mesh_pb2.WorkerStats:
         held = self._parts.holder.held
         num_sequences = held.executor.num_sequences if held else 0
-        return self._parts.stats.to_proto(self._parts.device.num_unfinished, num_sequences)
+        return self._parts.stats.to_proto(
+            self._parts.device.num_unfinished, num_sequences, self._parts.holder.available_bytes()
+        )
 
     def attached(self, welcome: mesh_pb2.WelcomeWorker) -> None:
         self.membership.follow_term(welcome.term)

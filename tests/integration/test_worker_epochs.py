@@ -21,11 +21,13 @@ from support.worker_links import (
     worker_process,
 )
 
+from protos import mesh_pb2
 from stagemesh.errors import ProtocolError, StaleEpoch, StepOutOfOrder
 from stagemesh.frames import StepFrame
 from stagemesh.plan import Epoch, Row, SequenceRun, Step, StepResult
 from stagemesh.rpc import make_channel
 from stagemesh.transport import SERVICE_NAME, Hello, PushStream, open_push_stream
+from stagemesh.wire import epoch_to_proto
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -207,6 +209,21 @@ async def test_kv_that_is_not_claimed_is_forgotten(pair: Pair) -> None:
     assert broken.error.code == "protocol"
     await pair.links[1].expect("epoch_broken")
     await pair.end(epoch, stream)
+
+
+async def test_kv_that_is_not_held_cannot_be_kept(pair: Pair) -> None:
+    """Of a pipeline that was never joined, or of layers that were loaded since."""
+    epoch, stream = await pair.begin()
+    await run_steps(pair, epoch, stream, lives(), 1)
+    await pair.end(epoch, stream)
+    other = mesh_pb2.JoinEpoch(pipeline_id="q", epoch=epoch_to_proto(Epoch(1, 9999)), keep_kv=True)
+    pair.links[0].command(join_epoch=other)
+    broken = await pair.links[0].expect("epoch_broken")
+    assert (broken.pipeline_id, broken.error.code) == ("q", "protocol")
+    await pair.links[1].load(*SPANS[1])
+    pair.links[1].join(Epoch(1, next(pair.epochs)), 1, 2, pair.scheduler.address, keep_kv=True)
+    broken = await pair.links[1].expect("epoch_broken")
+    assert "no KV of p" in broken.error.message
 
 
 async def test_streams_of_epochs_that_are_over_are_refused(pair: Pair) -> None:

@@ -192,23 +192,82 @@ def long_rows(num_rows: int = 25) -> list[Row]:
     return [Live(i, wish, blocks, wish.prompt).row(1, None) for i in range(num_rows)]
 
 
-@pytest.mark.parametrize("busy", [False, True], ids=["idle", "computing"])
-async def test_told_to_stop_a_worker_says_goodbye_and_ends_well(busy: bool) -> None:
+async def test_told_to_stop_a_worker_without_kv_goes_at_once() -> None:
     async with (
         link_scheduler() as scheduler,
         worker_process(DEMO_MODEL, scheduler.address) as worker,
     ):
-        link, stream, epoch = await lone_pipeline(scheduler)
-        if busy:
-            await stream.send(StepFrame(Step("p", epoch, 0, tuple(long_rows(600)))))
-            while not (await link.next_stats()).steps_queued:
-                pass
+        link = await scheduler.worker()
+        await link.load(0, 1)
         worker.signal(signal.SIGTERM)
+        assert (await link.expect("goodbye")).reason
+        assert await worker.wait() == 0
+
+
+async def test_told_to_stop_a_worker_serves_until_it_is_released() -> None:
+    async with (
+        link_scheduler() as scheduler,
+        worker_process(DEMO_MODEL, scheduler.address, "--drain-timeout", "60s") as worker,
+    ):
+        link, stream, epoch = await lone_pipeline(scheduler)
+        worker.signal(signal.SIGTERM)
+        draining = await link.expect("draining")
+        assert 50e9 < draining.remaining_ns <= 60e9
+        live = new_live()
+        await generate(scheduler, stream, epoch, live, 6)
+        assert live.tokens == reference()
+        link.command(shutdown=mesh_pb2.ShutdownWorker(reason="handed over"))
+        assert await worker.wait() == 0
+        await stream.close()
+
+
+@pytest.mark.parametrize("impatient", [False, True], ids=["time is over", "told twice"])
+async def test_told_to_stop_a_worker_that_computes_says_goodbye_in_the_end(impatient: bool) -> None:
+    patience = "60s" if impatient else "300ms"
+    async with (
+        link_scheduler() as scheduler,
+        worker_process(DEMO_MODEL, scheduler.address, "--drain-timeout", patience) as worker,
+    ):
+        link, stream, epoch = await lone_pipeline(scheduler)
+        await stream.send(StepFrame(Step("p", epoch, 0, tuple(long_rows(600)))))
+        while not (await link.next_stats()).steps_queued:
+            pass
+        worker.signal(signal.SIGTERM)
+        await link.expect("draining")
+        if impatient:
+            worker.signal(signal.SIGINT)
         assert (await link.expect("goodbye")).reason
         assert await worker.wait() == 0
         async with asyncio.timeout(10):
             await link.ended.wait()
         await stream.close()
+
+
+async def test_a_stream_that_breaks_is_dialled_again_at_once() -> None:
+    """The scheduler gives a worker only a short grace before its place is another's."""
+    async with (
+        link_scheduler() as scheduler,
+        local_worker(DEMO_MODEL, scheduler.address),
+    ):
+        link = await scheduler.worker()
+        await link.next_stats()  # it has been up for a heartbeat
+        start = time.monotonic()
+        link.hang_up()
+        again = await scheduler.worker()
+        took_s = time.monotonic() - start
+        print(f"back after {took_s * 1000:.1f} ms")
+        assert again.registration.incarnation == link.registration.incarnation
+        assert took_s < 0.25, "of which the dialling itself takes most"
+
+
+async def test_a_worker_says_what_memory_is_left() -> None:
+    async with (
+        link_scheduler() as scheduler,
+        local_worker(DEMO_MODEL, scheduler.address),
+    ):
+        link = await scheduler.worker()
+        assert link.registration.available_memory_bytes > 2**20
+        assert (await link.next_stats()).available_memory_bytes > 2**20
 
 
 async def test_the_scheduler_can_shut_a_worker_down() -> None:

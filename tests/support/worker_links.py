@@ -40,6 +40,7 @@ class WorkerLink:
     progress: list[mesh_pb2.LoadProgress] = field(default_factory=list)
     left: set[int] = field(default_factory=set)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    hanging_up: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def address(self) -> str:
@@ -47,6 +48,10 @@ class WorkerLink:
 
     def command(self, **command: Any) -> None:
         self.commands.put_nowait(mesh_pb2.WorkerCommand(**command))
+
+    def hang_up(self) -> None:
+        """Ends the stream, without a word."""
+        self.hanging_up.set()
 
     def take(self, message: mesh_pb2.WorkerMessage) -> None:
         kind = message.WhichOneof("message")
@@ -133,12 +138,18 @@ class LinkScheduler(mesh_pb2_grpc.SchedulerServicer):
         await context.write(self._first_word())
         self.links.put_nowait(link)
         sending = asyncio.create_task(self._send(link, context))
+        taking = asyncio.create_task(self._take(link, context))
+        hanging_up = asyncio.create_task(link.hanging_up.wait())
         try:
-            while isinstance(message := await context.read(), mesh_pb2.WorkerMessage):
-                link.take(message)
+            await asyncio.wait([taking, hanging_up], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            sending.cancel()
+            for task in (sending, taking, hanging_up):
+                task.cancel()
             link.ended.set()
+
+    async def _take(self, link: WorkerLink, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        while isinstance(message := await context.read(), mesh_pb2.WorkerMessage):
+            link.take(message)
 
     def _first_word(self) -> mesh_pb2.WorkerCommand:
         if self.refusal is not None:
