@@ -119,9 +119,7 @@ async def _until_all_go_on(load: Load, since_s: float) -> None:
 
 
 async def _main(args: argparse.Namespace) -> int:
-    shape = MeshShape(
-        model=args.model, stages=args.stages, spares=args.spares, batch_invariant=True
-    )
+    shape = MeshShape(model=args.model, stages=args.stages, spares=args.spares, may_be_recut=True)
     with tempfile.TemporaryDirectory(prefix="stagemesh-kills-") as scratch:
         mesh = PartsMesh(shape, Path(scratch))
         try:

@@ -42,6 +42,8 @@ class MeshShape:
     worker_options: tuple[str, ...] = ("--num-blocks", "400")
     gateway_options: tuple[str, ...] = ()
     batch_invariant: bool = True
+    # Whether it counts as whole with other stages than these, after some took layers over.
+    may_be_recut: bool = False
 
     @property
     def num_workers(self) -> int:
@@ -175,12 +177,16 @@ class PartsMesh:
         members = {worker.worker_id: worker for worker in status.workers}
         alive = {name: part for name, part in self.workers.items() if part.alive}
         return (
-            sum(pipeline.serving for pipeline in status.pipelines) == self.shape.replicas
+            sum(map(self._is_as_wanted, status.pipelines)) == self.shape.replicas
             and status.num_gateways == sum(part.alive for part in self.gateways)
             and members.keys() == alive.keys()
             and all(members[name].pid == part.pid for name, part in alive.items())
             and all(member.state in _SETTLED for member in members.values())
         )
+
+    def _is_as_wanted(self, pipeline: mesh_pb2.PipelineStatus) -> bool:
+        num_stages = len(pipeline.worker_ids)
+        return pipeline.serving and (num_stages == self.shape.stages or self.shape.may_be_recut)
 
 
 def is_idle(status: Status) -> bool:

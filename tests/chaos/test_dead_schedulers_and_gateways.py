@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from support.chaos import DEMO_MODEL, LONG, MANY, Meshes, check, loaded, watched
+from support.chaos import DEMO_MODEL, MANY, WAITING, Meshes, check, loaded, watched
 
 from benchmarks.recovery.load import Load, Truth, asks
 from benchmarks.recovery.parts_mesh import MeshShape, PartsMesh
@@ -13,13 +13,13 @@ from benchmarks.recovery.parts_mesh import MeshShape, PartsMesh
 pytestmark = pytest.mark.timeout(180)
 
 LEASE_S = 2.0
-TWO_GATEWAYS = MeshShape(model=DEMO_MODEL, stages=2, gateways=2)
-OTHERS = tuple(asks(8, 77, max_tokens=300))
+TWO_GATEWAYS = MeshShape(model=DEMO_MODEL, stages=2, gateways=2, scheduler_options=WAITING)
+OTHERS = tuple(asks(8, 77, max_tokens=150))
 
 
 async def test_the_scheduler_dies_under_load(mesh: PartsMesh, truth: Truth) -> None:
     """Twice, so that a resubmitted stream is resubmitted again."""
-    async with loaded(mesh, truth, (*MANY, *LONG)) as load:
+    async with loaded(mesh, truth, MANY[:16]) as load:
         for _ in range(2):
             term = (await mesh.status()).term
             mesh.scheduler.kill()

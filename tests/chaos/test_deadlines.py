@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import grpc
 import pytest
-from support.chaos import DEMO_MODEL, Meshes, loaded, watched
+from support.chaos import DEMO_MODEL, WAITING, Meshes, loaded, watched
 
 from benchmarks.recovery.load import Ask, Load, Stream, Truth, asks
 from benchmarks.recovery.parts_mesh import MeshShape, PartsMesh
@@ -20,10 +20,15 @@ pytestmark = pytest.mark.timeout(180)
 IMPATIENT = MeshShape(
     model=DEMO_MODEL,
     stages=2,
-    scheduler_options=("--takeover-after", "1h"),
+    scheduler_options=WAITING,
     gateway_options=("--default-timeout", "4s"),
 )
-TAKING_OVER = MeshShape(model=DEMO_MODEL, stages=3, scheduler_options=("--takeover-after", "1s"))
+TAKING_OVER = MeshShape(
+    model=DEMO_MODEL,
+    stages=3,
+    scheduler_options=("--takeover-after", "1s"),
+    may_be_recut=True,
+)
 ENDLESS = tuple(asks(6, 5, prompt_tokens=(5, 40), max_tokens=440))
 
 

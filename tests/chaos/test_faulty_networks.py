@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 import pytest_asyncio
-from support.chaos import DEMO_MODEL, MANY, is_member, lasting, loaded, watched
+from support.chaos import DEMO_MODEL, MANY, WAITING, is_member, lasting, loaded, watched
 from support.hosts import Host, hosts
 from support.proxy import TcpProxy
 
@@ -59,7 +59,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Net]:
     scratch = tmp_path_factory.mktemp("network")
     with contextlib.ExitStack() as stack:
         front, *others = stack.enter_context(hosts(4, scratch))
-        shape = MeshShape(model=DEMO_MODEL, stages=2, spares=1)
+        shape = MeshShape(model=DEMO_MODEL, stages=2, spares=1, scheduler_options=WAITING)
         mesh = PartsMesh(shape, scratch)
         stack.callback(mesh.end)
         at = f"{front.address}:50050"

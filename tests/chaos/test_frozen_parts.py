@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 import pytest_asyncio
-from support.chaos import DEMO_MODEL, MANY, is_member, lasting, loaded, watched
+from support.chaos import DEMO_MODEL, MANY, WAITING, is_member, lasting, loaded, watched
 from support.proxy import TcpProxy
 
 from benchmarks.recovery.load import Truth
@@ -74,7 +74,9 @@ class TwoSchedulers:
 def two_schedulers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoSchedulers]:
     with contextlib.ExitStack() as stack:
         first = free_address()
-        shape = MeshShape(model=DEMO_MODEL, stages=2, scheduler_options=("--listen", first))
+        shape = MeshShape(
+            model=DEMO_MODEL, stages=2, scheduler_options=("--listen", first, *WAITING)
+        )
         mesh = PartsMesh(shape, tmp_path_factory.mktemp("schedulers"))
         stack.callback(mesh.end)
         road = stack.enter_context(TcpProxy(first))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import pytest_asyncio
-from support.chaos import DEMO_MODEL, MANY, loaded, watched
+from support.chaos import DEMO_MODEL, MANY, WAITING, loaded, watched
 from support.proxy import TcpProxy
 
 from benchmarks.recovery.load import Truth
@@ -34,7 +34,9 @@ class Wires:
 @pytest.fixture(scope="module")
 def wiring(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wires]:
     scheduler, second = free_address(), free_address()
-    shape = MeshShape(model=DEMO_MODEL, stages=2, scheduler_options=("--listen", scheduler))
+    shape = MeshShape(
+        model=DEMO_MODEL, stages=2, scheduler_options=("--listen", scheduler, *WAITING)
+    )
     mesh = PartsMesh(shape, tmp_path_factory.mktemp("wires"))
     with contextlib.ExitStack() as stack:
         stack.callback(mesh.end)

@@ -6,14 +6,14 @@ import itertools
 import time
 
 import pytest
-from support.chaos import DEMO_MODEL, Meshes, loaded, watched
+from support.chaos import DEMO_MODEL, WAITING, Meshes, loaded, watched
 
 from benchmarks.recovery.load import Stream, Truth
 from benchmarks.recovery.parts_mesh import MeshShape, PartsMesh, Status
 
 pytestmark = pytest.mark.timeout(180)
 
-TWO_PIPELINES = MeshShape(model=DEMO_MODEL, stages=2, replicas=2)
+TWO_PIPELINES = MeshShape(model=DEMO_MODEL, stages=2, replicas=2, scheduler_options=WAITING)
 
 
 async def test_requests_of_a_broken_pipeline_go_on_in_the_other(

@@ -20,7 +20,9 @@ MANY = tuple(asks(32, SEED, max_tokens=48))
 LONG = tuple(asks(6, SEED + 1, prompt_tokens=(12, 40, 90), max_tokens=200))
 LONG_PROMPTS = tuple(asks(16, SEED + 2, prompt_tokens=(180, 220, 200), max_tokens=16))
 
-THREE_AND_A_SPARE = MeshShape(model=DEMO_MODEL, stages=3, spares=1)
+# On a busy machine a process may take longer to come back than layers wait by default.
+WAITING = ("--takeover-after", "1h")
+THREE_AND_A_SPARE = MeshShape(model=DEMO_MODEL, stages=3, spares=1, scheduler_options=WAITING)
 
 
 class Meshes:
