@@ -179,13 +179,20 @@ class Project:
 
 @contextlib.contextmanager
 def running_project(variables: Mapping[str, str], *, num_stages: int) -> Iterator[Project]:
-    """Up when it is entered, down without a trace when it is left."""
+    """Up when it is entered, down without a trace when it is left.
+
+    All are told to stop at the same time, and end by themselves before they would be killed.
+    """
     project = Project(dict(variables))
     try:
         project.up()
         project.wait_serving(num_stages=num_stages)
         yield project
+        project.compose("stop")
         print(project.logs())
+        services = ("gateway", "stage_worker", "scheduler")
+        ended = [inspect(each)["State"] for name in services for each in project.containers(name)]
+        assert [state["ExitCode"] for state in ended] == [0] * len(ended)
     finally:
         project.down()
     assert project.leftovers() == []
