@@ -98,15 +98,22 @@ class Faults:
         return [self._mesh.scheduler]
 
     async def _drain(self) -> list[Part]:
-        """By SIGTERM, or by the scheduler's verb."""
+        """By SIGTERM, or by the scheduler's verb where it knows the worker yet."""
         victims = self._some_workers(1)
         for part in victims:
-            if self._rng.random() < 0.5:
+            if self._rng.random() < 0.5 or not await self._drain_by_verb(part):
                 part.terminate()
-            else:
-                await drain(self._mesh, part.name)
             await part.wait_ended(DRAIN_TIMEOUT_S)
         return victims
+
+    async def _drain_by_verb(self, part: Part) -> bool:
+        try:
+            await drain(self._mesh, part.name)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.INVALID_ARGUMENT:
+                raise
+            return False
+        return True
 
 
 async def drain(

@@ -1,0 +1,75 @@
+"""Stages rebuilt over contexts of many steps: from the log, without it, and where it is too small.
+
+On a generated model whose context is longer than the demo model's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.chaos import WAITING, Meshes, loaded, watched
+
+from benchmarks.recovery.load import Truth, asks
+from benchmarks.recovery.parts_mesh import MeshShape
+from benchmarks.recovery.random_model import ModelShape, make
+
+pytestmark = pytest.mark.timeout(180)
+
+SHAPE = ModelShape(
+    num_layers=4,
+    hidden_size=64,
+    intermediate_size=128,
+    num_heads=4,
+    num_kv_heads=2,
+    max_tokens=4096,
+)
+BLOCK_TOKENS = 16
+NUM_BLOCKS = 600
+# Four streams that are 1100 to 1500 tokens long already; steps have at most 512.
+WANTED = tuple(asks(4, 9, prompt_tokens=(1500, 1100), max_tokens=96))
+LOGS = {
+    "logged": (),
+    "not logged": ("--max-log-memory", "0"),
+    # Of some hundred blocks in use.
+    "partly logged": (
+        "--max-log-memory",
+        str(100 * BLOCK_TOKENS * SHAPE.log_bytes_per_token),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("models") / "random-llama"
+    make(made, SHAPE)
+    return made
+
+
+@pytest.fixture(scope="module")
+def long_truth() -> Truth:
+    return Truth()
+
+
+@pytest.mark.parametrize("logs", LOGS.values(), ids=list(LOGS))
+async def test_a_lost_stage_is_rebuilt(
+    meshes: Meshes, model: Path, long_truth: Truth, logs: tuple[str, ...]
+) -> None:
+    """The last stage, whose input the one before may have logged; then the first, whose input are
+    the tokens. Nobody computes more than what was lost and the way there."""
+    shape = MeshShape(
+        model=model,
+        stages=2,
+        spares=1,
+        scheduler_options=WAITING,
+        worker_options=("--num-blocks", str(NUM_BLOCKS), *logs),
+    )
+    async with watched(meshes.get(shape)) as mesh:
+        for stage in (1, 0):
+            async with loaded(mesh, long_truth, WANTED) as load:
+                mesh.at(await mesh.status(), stage).kill()
+                await mesh.until(
+                    lambda s: s.pipelines[0].mending.num_tokens_rebuilt >= 1100, "a rebuild"
+                )
+                await load.until_more_tokens(len(load.streams))
+            await mesh.restore()
