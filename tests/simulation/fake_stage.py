@@ -89,10 +89,13 @@ class FakeStage:
                 del self._held[gone.sequence_id]
         if len({row.sequence_id for row in step.rows}) < len(step.rows):
             raise BrokenPlan("a sequence has two rows in a step")
-        incoming = iter(payload)
-        outs = [self._take_row(row, incoming) for row in step.rows]
-        if next(incoming, None) is not None:
-            raise BrokenPlan("hidden states of more rows than the plan says")
+        helds = [self._note(row) for row in step.rows]
+        inputs = self._inputs(step, payload)
+        # The last row first: no row of a step may count on what another one does in it.
+        outs = [
+            self._take_row(row, held, states)
+            for row, held, states in zip(step.rows[::-1], helds[::-1], inputs[::-1], strict=True)
+        ][::-1]
         sent = [out for row, out in zip(step.rows, outs, strict=True) if self._is_sent(row)]
         if self._stage + 1 < self._num_stages:
             return sent, ()
@@ -120,21 +123,28 @@ class FakeStage:
     def _is_sent(self, row: Row) -> bool:
         return row.first_stage <= self._stage + 1 < row.end_stage
 
-    def _take_row(self, row: Row, incoming: object) -> list[Value]:
+    def _inputs(self, step: Step, payload: Payload) -> Payload:
+        """One for each row: hidden states that came for it, or nothing."""
+        incoming = iter(payload)
+        needs = [self._stage > 0 and self._executes(row) for row in step.rows]
+        inputs = [list(next(incoming, [])) if need else [] for need in needs]
+        if next(incoming, None) is not None:
+            raise BrokenPlan("hidden states of more rows than the plan says")
+        return inputs
+
+    def _take_row(self, row: Row, held: _Held, states: list[Value]) -> list[Value]:
         """What becomes of a row here: hidden states for the next stage, or nothing."""
-        held = self._note(row)
         if self._executes(row):
-            return self._execute_row(row, held, self._input(row, held, incoming))
+            return self._execute_row(row, held, self._embedded(row, held, states))
         if self._is_sent(row):
             return self._logged(row, held)
         return []
 
-    def _input(self, row: Row, held: _Held, incoming: object) -> list[Value]:
+    def _embedded(self, row: Row, held: _Held, states: list[Value]) -> list[Value]:
         if self._stage > 0:
-            states = next(incoming, [])  # type: ignore[call-overload]
             if len(states) != row.num_tokens:
                 raise BrokenPlan(f"{_name(row)}: {len(states)} states for {row.num_tokens} tokens")
-            return list(states)
+            return states
         rope = rope_length(held.state.total_length, self._dynamic_rope)
         return [embed(t, p, rope) for p, t in enumerate(row.token_ids, row.start)]
 

@@ -229,7 +229,7 @@ class FakeWorker(Process):
         if self.stage is None:
             self.report_broken(place, ProtocolError("no layers are loaded here"), "")
             return
-        if place.keep_kv and self._kv_of != place.pipeline_id:
+        if place.keep_kv and not self.has_kv_of(place.pipeline_id):
             error = ProtocolError(f"no KV of {place.pipeline_id} is held here")
             self.report_broken(place, error, "")
             return
@@ -239,6 +239,9 @@ class FakeWorker(Process):
         self._latest[place.pipeline_id] = place.epoch
         self._member = Member(self, place, self.stage)
         self._member.begin()
+
+    def has_kv_of(self, pipeline_id: str) -> bool:
+        return self._kv_of == pipeline_id
 
     # ---- streams of other stages ---------------------------------------------------------------
 
@@ -282,8 +285,8 @@ class FakeWorker(Process):
         """Ends all epochs of the pipeline before that of the request; what holds the pages, if
         they are the pipeline's and whoever asks is not too late."""
         latest = self._latest.get(request.pipeline_id, Epoch(0, 0))
-        is_asked_for = self._kv_of == request.pipeline_id and self.loaded is not None
-        if request.epoch.term < self._term or request.epoch < latest or not is_asked_for:
+        is_late = request.epoch.term < self._term or request.epoch < latest
+        if is_late or not self.has_kv_of(request.pipeline_id):
             return None
         is_current = self._member is not None and self._member.place.epoch == request.epoch
         if is_current or self.loaded is None or self.loaded.span != request.span:

@@ -1,8 +1,4 @@
-"""Bugs planted in the core on purpose: the simulator must find each, or it proves nothing.
-
-The integrity check of the core is off unless a test says otherwise, so that what clients see is
-what gives the bug away.
-"""
+"""Bugs planted in the core on purpose: the simulator must find each, or it proves nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ from collections.abc import Iterable
 import pytest
 from simulation.fake_stage import BrokenPlan
 from simulation.oracle import Violation
-from simulation.world import World
+from simulation.planting import caught
 
 from scheduler.core import batch, prefix, scheduler
 from scheduler.core.blocks import BlockPool
@@ -20,19 +16,6 @@ from scheduler.core.scheduler import SchedulerCore
 from scheduler.core.sequence import Sequence
 from scheduler.core.table import BlockTable
 from stagemesh.plan import BlockUpdate, RowResult, SequenceState, StepResult
-
-MAX_SEEDS = 200
-
-
-def caught(check_integrity: bool = False) -> Exception:
-    """What the first seed that fails says."""
-    for seed in range(MAX_SEEDS):
-        try:
-            World(seed, check_integrity=check_integrity).run()
-        except Exception as error:
-            print(f"seed {seed}: {error!r}")
-            return error
-    pytest.fail(f"{MAX_SEEDS} seeds did not find the planted bug")
 
 
 def test_a_page_that_is_reused_while_its_content_is_still_known(
