@@ -152,6 +152,8 @@ class Formation:
         assigned = recut(pipeline, workers, costs)
         if assigned is None:
             pipeline.patience.was_in_vain()
+            if not pipeline.members and any(other.is_serving for other in self.pipelines):
+                self._dissolve(pipeline, now_ns)  # what waits for it is served by others
             return
         names = [f"{worker.worker_id} {span.start}:{span.end}" for worker, span in assigned]
         log.warning("the layers are cut anew", instead_of=pipeline.pipeline_id, workers=names)

@@ -149,15 +149,17 @@ def _span_of_a_spare(
     sound = [w for w in workers if not w.is_draining and w.conduct.num_failures < MAX_FAILURES]
 
     def plenty(span: Span) -> tuple[int, int]:
-        num_holding = sum(other.holds(span) for other in sound if other.session is not None)
+        num_holding = sum(other.holds(span) for other in sound)
         return num_holding - wanted.count(span), sum(w.loading == span for w in workers)
 
     suiting = [span for span in wanted if worker.suits(span) is not None]
     scarcest = min(suiting, key=plenty, default=None)
-    if scarcest is None or not any(map(worker.holds, wanted)):
+    own = worker.loaded.span if worker.loaded else None
+    if scarcest is None or own is None or own not in wanted:
         return scarcest
-    num_spare, num_loading = plenty(scarcest)
-    return scarcest if num_spare < 0 and num_loading == 0 else None
+    is_lacking = plenty(scarcest)[0] < 0 and plenty(scarcest)[1] == 0
+    is_dispensable = plenty(own)[0] > 0
+    return scarcest if is_lacking and is_dispensable else None
 
 
 def other_block_sizes(pipeline: MeshPipeline) -> list[tuple[Worker, ModelMismatch]]:

@@ -105,7 +105,8 @@ class SchedulerService(mesh_pb2_grpc.SchedulerServicer):
                 self._driver.core.stats(now_ns),
                 self._driver.view,
                 len(self._gateways),
-                now_ns - self._start_ns,
+                self._start_ns,
+                now_ns,
             )
 
     async def DrainWorker(  # noqa: N802

@@ -22,21 +22,26 @@ _STATES = {
 
 
 def status_of(
-    membership: Membership, stats: CoreStats, view: MeshView, num_gateways: int, uptime_ns: int
+    membership: Membership,
+    stats: CoreStats,
+    view: MeshView,
+    num_gateways: int,
+    start_ns: int,
+    now_ns: int,
 ) -> mesh_pb2.GetStatusResponse:
     in_core = {pipeline.pipeline_id: pipeline for pipeline in stats.pipelines}
     return mesh_pb2.GetStatusResponse(
         term=membership.term,
         mesh=view_to_proto(view),
-        workers=[_worker(worker) for worker in membership.workers],
+        workers=[_worker(worker, now_ns) for worker in membership.workers],
         pipelines=[_pipeline(p, in_core.get(p.pipeline_id)) for p in membership.pipelines],
         queue=_queue(stats),
         num_gateways=num_gateways,
-        uptime_ns=uptime_ns,
+        uptime_ns=now_ns - start_ns,
     )
 
 
-def _worker(worker: Worker) -> mesh_pb2.WorkerStatus:
+def _worker(worker: Worker, now_ns: int) -> mesh_pb2.WorkerStatus:
     registration, loaded = worker.registration, worker.loaded
     span = worker.loading or (loaded.span if loaded else None)
     return mesh_pb2.WorkerStatus(
@@ -53,8 +58,19 @@ def _worker(worker: Worker) -> mesh_pb2.WorkerStatus:
         stats=stats_to_proto(worker.stats),
         load_fraction=worker.load_fraction if worker.loading else 0.0,
         draining=worker.is_draining,
-        error=str(worker.error) if worker.error else "",
+        error=_trouble(worker, now_ns),
     )
+
+
+def _trouble(worker: Worker, now_ns: int) -> str:
+    if worker.error is not None:
+        return str(worker.error)
+    if worker.is_aside(now_ns):
+        seconds = (worker.conduct.aside_until_ns - now_ns) // 10**9
+        return f"failed several times in a row; others are preferred for {seconds} s"
+    if worker.too_large is not None:
+        return f"its memory does not hold {worker.too_large.num_layers} layers"
+    return ""
 
 
 def _pipeline(pipeline: MeshPipeline, stats: PipelineStats | None) -> mesh_pb2.PipelineStatus:

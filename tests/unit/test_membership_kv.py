@@ -80,3 +80,18 @@ def test_kv_is_given_up_by_whoever_joins_another_pipeline() -> None:
     mesh.run()
     assert mesh.stages() == ["b"]
     assert list(mesh.core) == mesh.serving == ["p1"]
+
+
+def test_nobody_waits_for_ever_for_kv_that_may_come_back_while_another_pipeline_serves() -> None:
+    mesh = FakeMesh(replace(LIMITS, num_stages=1))
+    mesh.register("a")
+    mesh.register("b")
+    mesh.run()
+    mesh.kill("b")
+    mesh.wait(9 * S)
+    assert mesh.suspended == {"p1"}
+    mesh.wait(2 * S)
+    assert list(mesh.core) == ["p0"]
+    mesh.kill("a")
+    mesh.wait(600 * S)
+    assert mesh.suspended == {"p0"}, "there is no other"
