@@ -43,6 +43,9 @@ log = structlog.get_logger()
 class ControlledWorker(Protocol):
     """What the stream needs of a worker. Nothing here may block."""
 
+    async def before_dialling(self) -> None:
+        """The one that may wait."""
+
     def registration(self) -> mesh_pb2.RegisterWorker: ...
     def stats(self) -> mesh_pb2.WorkerStats: ...
 
@@ -89,6 +92,7 @@ class ControlStream:
         """Until the scheduler shuts the worker down. Raises why it refused the worker for good."""
         while not self._done:
             try:
+                await self._worker.before_dialling()
                 await self._attach()
             except StageMeshError as error:
                 if self._is_leaving:

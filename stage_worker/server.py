@@ -12,7 +12,8 @@ import functools
 import os
 import secrets
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any
 
 import structlog
 
@@ -20,15 +21,15 @@ from protos import mesh_pb2
 from stage_worker.device_thread import DeviceThread
 from stage_worker.leaving import Leaving
 from stage_worker.options import WorkerOptions
+from stage_worker.own_address import OwnAddress
 from stage_worker.page_service import PageService
 from stage_worker.place import Patience
 from stage_worker.span_holder import SpanHolder
 from stage_worker.stats import Stats
 from stage_worker.worker import Parts, Worker
 from stagemesh import __version__
-from stagemesh.addresses import advertised_address, split_address
-from stagemesh.backoff import Backoff
-from stagemesh.errors import PeerLost, SpanError
+from stagemesh.addresses import split_address
+from stagemesh.errors import SpanError
 from stagemesh.model_spec import ModelSpec
 from stagemesh.page_stream import page_handlers
 from stagemesh.plan import ModelSummary
@@ -88,7 +89,8 @@ async def serve(
             pages = page_handlers(PageService(membership, device))
             server.server.add_generic_rpc_handlers((handlers, pages))
             bound = await server.start()
-            address = await _own_address(bound, options)
+            own_address = OwnAddress(bound, options.advertise, options.scheduler)
+            address = await own_address.now()
             summary = await holder.summarise()
             identity = _identity(options, address, summary, dtype)
             if on_ready is not None:
@@ -100,7 +102,7 @@ async def serve(
                 is_needed=lambda: membership.has_kv,
                 patience_s=options.drain_timeout_s,
             )
-            await _run_and_leave(worker, identity, leaving)
+            await _run_and_leave(worker.run(identity, own_address), worker, leaving)
             guard.cancel()
     finally:
         await server.stop(0)
@@ -108,11 +110,9 @@ async def serve(
             log.warning("the device is still at work; the process ends without waiting for it")
 
 
-async def _run_and_leave(
-    worker: Worker, identity: mesh_pb2.RegisterWorker, leaving: Leaving
-) -> None:
+async def _run_and_leave(run: Coroutine[Any, Any, None], worker: Worker, leaving: Leaving) -> None:
     """Says goodbye while the control stream is still there, if this is cancelled or told to go."""
-    running = asyncio.create_task(worker.run(identity))
+    running = asyncio.create_task(run)
     impatience = asyncio.create_task(leaving.patience_ended())
     try:
         await asyncio.wait([running, impatience], return_when=asyncio.FIRST_COMPLETED)
@@ -134,22 +134,6 @@ def _check_span(options: WorkerOptions, spec: ModelSpec) -> None:
             f"--layers {span.start}:{span.end} is outside the model, which has "
             f"{spec.num_layers} layers"
         )
-
-
-async def _own_address(bound: str, options: WorkerOptions) -> str:
-    """As others reach this worker. Waits for a way to the scheduler: its host may come later."""
-    backoff = Backoff()
-    told = False
-    while True:
-        try:
-            return await asyncio.to_thread(
-                advertised_address, bound, options.advertise, options.scheduler
-            )
-        except PeerLost as error:
-            if not told:
-                log.warning("no scheduler", scheduler=options.scheduler, reason=str(error))
-            told = True
-        await backoff.wait()
 
 
 def _set_health(server: RpcServer, attached: bool, in_epoch: bool) -> None:

@@ -16,6 +16,7 @@ from protos import mesh_pb2
 from stage_worker.control import ControlStream
 from stage_worker.device_thread import DeviceThread
 from stage_worker.membership import Membership
+from stage_worker.own_address import OwnAddress
 from stage_worker.place import PageOrigin, Patience, Place
 from stage_worker.span_holder import HeldSpan, SpanHolder
 from stage_worker.stats import Stats
@@ -58,6 +59,7 @@ class Worker:
         self, scheduler: str, parts: Parts, on_health: OnHealth, patience: Patience
     ) -> None:
         self._identity = mesh_pb2.RegisterWorker()
+        self._address: OwnAddress | None = None
         self._scheduler = scheduler
         self._parts = parts
         self._on_health = on_health
@@ -68,13 +70,13 @@ class Worker:
         self.control = ControlStream(scheduler, self)
         self.membership = Membership(parts.group, parts.device, parts.stats, self, patience)
 
-    async def run(self, identity: mesh_pb2.RegisterWorker) -> None:
+    async def run(self, identity: mesh_pb2.RegisterWorker, address: OwnAddress) -> None:
         """Until the scheduler shuts the worker down. Raises why it was refused.
 
-        `identity` is the registration, but for what is loaded.
+        `identity` is the registration, but for what is loaded; the `address` in it may change.
         """
         self._identity = identity
-        self.membership.own_address = identity.address
+        self._address = address
         try:
             await self.control.run()
         finally:
@@ -91,6 +93,14 @@ class Worker:
         end_hard()
 
     # ---- ControlledWorker
+
+    async def before_dialling(self) -> None:
+        assert self._address is not None
+        address = await self._address.now()
+        if address != self._identity.address:
+            log.warning("another address", before=self._identity.address, now=address)
+            self._identity.address = address
+        self.membership.own_address = address
 
     def registration(self) -> mesh_pb2.RegisterWorker:
         registration = mesh_pb2.RegisterWorker()

@@ -5,6 +5,7 @@ A server may listen on a wildcard ("0.0.0.0:50052"); what it tells others must n
 
 from __future__ import annotations
 
+import errno
 import socket
 
 from stagemesh.errors import ConfigError, PeerLost
@@ -30,6 +31,17 @@ def join_address(host: str, port: int) -> str:
 
 def is_wildcard(host: str) -> bool:
     return host in _WILDCARDS
+
+
+def is_of_this_host(host: str) -> bool:
+    """Whether the address, in numbers, is one of this host's own now."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError as error:
+            return error.errno != errno.EADDRNOTAVAIL
+    return True
 
 
 def advertised_address(bound: str, advertise: str, towards: str) -> str:

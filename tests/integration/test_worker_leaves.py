@@ -9,8 +9,8 @@ from typing import Any
 
 import grpc.aio
 
-from protos import mesh_pb2, mesh_pb2_grpc
-from stage_worker.control import ControlStream
+from protos import mesh_pb2, mesh_pb2_grpc, plan_pb2
+from stage_worker.control import MAX_QUEUED_MESSAGES, ControlStream
 from stage_worker.leaving import Leaving
 from stagemesh.rpc import RpcServer
 
@@ -54,6 +54,9 @@ class Member:
     def __init__(self) -> None:
         self.is_attached = asyncio.Event()
 
+    async def before_dialling(self) -> None:
+        pass
+
     def registration(self) -> mesh_pb2.RegisterWorker:
         return mesh_pb2.RegisterWorker(worker_id="worker-0")
 
@@ -84,6 +87,31 @@ async def attached() -> AsyncIterator[tuple[Farewell, ControlStream, asyncio.Tas
         running.cancel()
         await asyncio.wait([running])
         await server.stop(0)
+
+
+async def test_a_scheduler_that_does_not_read_is_dialled_again() -> None:
+    """Messages are not kept without end, and none is dropped in silence."""
+    async with attached() as (scheduler, control, running):
+        failed = mesh_pb2.WorkerMessage(failed=plan_pb2.Error(message="x" * 2**10))
+        for _ in range(MAX_QUEUED_MESSAGES + 1):  # the writer has no turn meanwhile
+            control.send(failed)
+        while scheduler.num_registered < 2:
+            await asyncio.wait_for(scheduler.heard.get(), TIMEOUT_S)
+        assert not running.done()
+
+
+async def test_progress_is_not_queued_without_end() -> None:
+    async with attached() as (scheduler, control, _):
+        progress = mesh_pb2.WorkerMessage(load_progress=mesh_pb2.LoadProgress(total_bytes=7))
+        for _ in range(2 * MAX_QUEUED_MESSAGES):
+            control.send(progress)
+        control.send(mesh_pb2.WorkerMessage(failed=plan_pb2.Error(code="span")))
+        kinds = []
+        while "failed" not in kinds:
+            message = await asyncio.wait_for(scheduler.heard.get(), TIMEOUT_S)
+            kinds.append(message.WhichOneof("message"))
+        assert 0 < kinds.count("load_progress") < MAX_QUEUED_MESSAGES
+        assert scheduler.num_registered == 1
 
 
 async def test_goodbye_is_for_good() -> None:
