@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 from protos import mesh_pb2
-from scheduler.core import EndReason, Finished, Request, RequestKey, Tokens
+from scheduler.core import Request, RequestKey
 from scheduler.messages import (
     Command,
     JoinEpoch,
@@ -22,13 +22,6 @@ from stagemesh import wire
 from stagemesh.errors import ProtocolError
 
 _STATS_FIELDS = tuple(field.name for field in fields(WorkerStats))
-
-_END_REASONS = {
-    EndReason.STOP_TOKEN: mesh_pb2.END_REASON_STOP_TOKEN,
-    EndReason.LENGTH: mesh_pb2.END_REASON_LENGTH,
-    EndReason.ABORTED: mesh_pb2.END_REASON_ABORTED,
-    EndReason.ERROR: mesh_pb2.END_REASON_ERROR,
-}
 
 
 def check_protocol(version: int) -> None:
@@ -127,28 +120,3 @@ def request_from_proto(message: mesh_pb2.SubmitRequest, gateway: int, now_ns: in
         deadline_ns=None if remaining_ns is None else now_ns + remaining_ns,
         cache_salt=message.cache_salt,
     )
-
-
-def event_to_proto(event: Tokens | Finished) -> mesh_pb2.GatewayEvent:
-    if isinstance(event, Tokens):
-        tokens = mesh_pb2.RequestTokens(
-            request=event.key.request,
-            attempt=event.attempt,
-            index=event.index,
-            tokens=[wire.sampled_token_to_proto(token) for token in event.tokens],
-            prompt_logprobs=[wire.sampled_token_to_proto(t) for t in event.prompt_logprobs],
-        )
-        return mesh_pb2.GatewayEvent(tokens=tokens)
-    finished = mesh_pb2.RequestFinished(
-        request=event.key.request,
-        attempt=event.attempt,
-        reason=_END_REASONS[event.reason],
-        completion_tokens=event.completion_tokens,
-        cached_prompt_tokens=event.cached_prompt_tokens,
-        queue_ns=event.queue_ns,
-    )
-    if event.error is not None:
-        finished.error.CopyFrom(wire.error_to_proto(event.error))
-        if event.error.retry_after_s is not None:
-            finished.retry_after_ns = round(event.error.retry_after_s * 1e9)
-    return mesh_pb2.GatewayEvent(finished=finished)
