@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,11 +35,14 @@ _FINISH_REASONS = {
 
 def margin_s(timeout_s: float | None) -> float:
     """A client whose call times out by its own clock hears no reason: that the mesh is away it is
-    told before, by a tenth of its time or by a quarter of a second and a fiftieth.
+    told before, by a quarter of a second, or a tenth of a short time.
 
-    On the wire gRPC rounds the time of a call up, by as much as a hundredth.
+    On the wire gRPC rounds the time of a call up to three digits, which is added.
     """
-    return 0.0 if timeout_s is None else min(timeout_s / 10, 0.25 + timeout_s / 50)
+    if timeout_s is None or timeout_s <= 0:
+        return 0.0
+    rounding_s: float = 10.0 ** (math.floor(math.log10(timeout_s)) - 2)
+    return min(timeout_s / 10, 0.25 + rounding_s)
 
 
 def request_from_proto(
