@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import shutil
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from support.mesh import wait_until
 from support.paths import DEMO_MODEL, REPO
+from support.stages import Live, Wish
 from support.worker_links import (
     failure,
     link_scheduler,
@@ -20,10 +22,12 @@ from support.worker_links import (
     worker_process,
 )
 
+from stage_worker.epoch_member import MAX_QUEUED_STEPS
 from stage_worker.server import EXIT_HUNG
-from stagemesh.errors import CheckpointError, ModelMismatch, SpanError
+from stagemesh.errors import CheckpointError, ModelMismatch, QueueFull, SpanError
 from stagemesh.frames import StepFrame
 from stagemesh.plan import Epoch, Span, Step
+from stagemesh.transport import PushStream
 
 NUM_LAYERS = 6
 
@@ -110,6 +114,34 @@ async def test_a_scheduler_whose_name_is_not_known_yet_is_waited_for() -> None:
         await asyncio.to_thread(wait_until, lambda: told in worker.output(), 30.0, told)
         worker.signal(signal.SIGTERM)
         assert await worker.wait() == 0
+
+
+async def test_more_steps_than_anybody_plans_end_the_epoch() -> None:
+    """They would wait in memory for a device that is at work."""
+    async with (
+        link_scheduler() as scheduler,
+        worker_process(DEMO_MODEL, scheduler.address),
+    ):
+        link = await scheduler.worker()
+        await link.load(0, NUM_LAYERS)
+        epoch = Epoch(1, 1)
+        await scheduler.form([link], epoch)
+        stream = await push_to(link, epoch)
+        wish = Wish(prompt=[0] * 500, max_tokens=1)
+        lives = [Live(i, wish, tuple(range(32)), wish.prompt) for i in range(600)]
+        rows = tuple(live.row(1, None) for live in lives)
+        await stream.send(StepFrame(Step("p", epoch, 0, rows)))
+        with pytest.raises(QueueFull):
+            await send_for_ever(stream, epoch)
+        broken = await link.expect("epoch_broken")
+        assert broken.error.code == "queue_full"
+        assert (await link.next_stats()).steps_queued <= MAX_QUEUED_STEPS + 2
+        await stream.abandon()
+
+
+async def send_for_ever(stream: PushStream, epoch: Epoch) -> None:
+    for number in itertools.count(1):
+        await stream.send(StepFrame(Step("p", epoch, number, ())))
 
 
 async def test_a_device_that_hangs_is_told_of_and_ends_the_process() -> None:
