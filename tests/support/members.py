@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import count
 from typing import Any
+
+from support.fake_members import MS, FakeWorker, S, model
 
 from scheduler.core import PipelineFacts
 from scheduler.limits import MembershipLimits
@@ -29,10 +31,10 @@ from scheduler.messages import (
     SuspendPipeline,
     ToWorker,
 )
-from stagemesh.plan import ModelSummary, Span
+from stagemesh.plan import Span
 
-MS = 1_000_000
-S = 1_000_000_000
+__all__ = ["LIMITS", "MS", "TERM", "FakeMesh", "FakeWorker", "S", "model", "two_stages"]
+
 TERM = 7
 
 LIMITS = MembershipLimits(
@@ -42,55 +44,6 @@ LIMITS = MembershipLimits(
     join_timeout_ns=10 * S,
     max_model_len=None,
 )
-
-
-def model(num_layers: int = 6, **changes: Any) -> ModelSummary:
-    parts = ["embedding", *(f"layer.{index}" for index in range(num_layers)), "norm", "head"]
-    summary = ModelSummary(
-        name="tiny",
-        architecture="LlamaForCausalLM",
-        num_layers=num_layers,
-        hidden_size=8,
-        vocab_size=64,
-        max_position=128,
-        layer_bytes=100,
-        embedding_bytes=10,
-        head_bytes=10,
-        structure_hash="structure",
-        part_hashes={part: f"hash of {part}" for part in parts},
-    )
-    return replace(summary, **changes)
-
-
-@dataclass
-class FakeWorker:
-    """Does at once what it is told, unless it is told not to."""
-
-    registration: Registration
-    session: int
-    loads: bool = True
-    joins: bool = True
-    # Whether it can fetch pages.
-    fetches: bool = True
-    num_blocks: int = 100
-    block_size_tokens: int = 16
-    loaded: LoadedSpan | None = None
-    commands: list[Command] = field(default_factory=list)
-    # Which of all KV that ever was its own is.
-    kv: int | None = None
-
-    @property
-    def loads_told(self) -> list[tuple[int, int]]:
-        told = [command.span for command in self.commands if isinstance(command, LoadSpan)]
-        return [(span.start, span.end) for span in told]
-
-    @property
-    def joins_told(self) -> list[JoinEpoch]:
-        return [command for command in self.commands if isinstance(command, JoinEpoch)]
-
-    @property
-    def last_join(self) -> JoinEpoch:
-        return self.joins_told[-1]
 
 
 class FakeMesh:
