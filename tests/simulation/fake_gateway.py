@@ -52,7 +52,7 @@ class FakeGateway(Process):
         self.held: dict[int, Held] = {}
         self.num_refused = 0
         self._world = world
-        self._incarnation = incarnation
+        self.incarnation = incarnation
         self._term = 0
         self._end: End | None = None
         self._is_attached = False
@@ -73,7 +73,7 @@ class FakeGateway(Process):
         end = self._end = self.dial(scheduler, scheduler.accept_gateway)
         end.on_message = lambda message: self._take(end, message)
         end.on_closed = lambda: self._detached(end)
-        end.send(self._incarnation)
+        end.send(self.incarnation)
 
     def _detached(self, end: End) -> None:
         if self._end is end:
@@ -114,7 +114,7 @@ class FakeGateway(Process):
     def open(self, arrival: Arrival) -> None:
         """A client comes."""
         number = arrival.request.key.request
-        request = replace(arrival.request, key=RequestKey(self._incarnation, number))
+        request = replace(arrival.request, key=RequestKey(self.incarnation, number))
         right = RightAnswer(
             request.prompt_token_ids,
             request.sampling,

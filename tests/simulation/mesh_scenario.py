@@ -157,7 +157,7 @@ def _faults(random: Random, scenario: MeshScenario) -> Iterator[Fault]:
     if random.random() < 0.25:
         kind = random.choice(("crash", "freeze"))
         yield Fault(random.randrange(8 * S), kind, SCHEDULER, random.randrange(4 * S))
-    if random.random() < 0.2:
-        kind = random.choice(("crash", "freeze", "control"))
+    if random.random() < 0.3:
+        kind = random.choice(("crash", "crash", "freeze", "control"))
         who = gateway_name(random.randrange(scenario.num_gateways))
         yield Fault(random.randrange(8 * S), kind, who, random.randrange(4 * S))

@@ -28,6 +28,8 @@ from stagemesh.plan import ModelSummary, Step
 # Time for everything to end once everybody is there for good.
 _PATIENCE_NS = 120 * S
 _EVENTS_PER_CHECK = 16
+# A stream that breaks is noticed at once.
+_GATEWAY_GONE_NS = 100 * MS
 # No process starts sooner than that; longer than any message is under way.
 _START_NS = 100 * MS
 
@@ -151,6 +153,11 @@ class MeshWorld:
         match fault.kind:
             case "crash":
                 process.die()
+                if isinstance(process, FakeGateway):
+                    incarnation, scheduler = process.incarnation, self.scheduler
+                    self.clock.after(
+                        _GATEWAY_GONE_NS, lambda: self._check_gone(scheduler, incarnation)
+                    )
                 self.clock.after(_START_NS + fault.for_ns, lambda: self._restart(fault.who))
             case "freeze":
                 process.freeze()
@@ -161,6 +168,12 @@ class MeshWorld:
             case _:
                 assert isinstance(process, FakeWorker)
                 self._strike_worker(process, fault)
+
+    def _check_gone(self, scheduler: FakeScheduler, incarnation: int) -> None:
+        """Nobody computes for a gateway that is no more."""
+        is_free = scheduler.is_alive and not scheduler.is_frozen
+        if is_free and any(key.gateway == incarnation for key in scheduler.core._roster.live):
+            raise Violation("requests of a gateway that died live on")
 
     def _strike_worker(self, worker: FakeWorker, fault: Fault) -> None:
         match fault.kind:
