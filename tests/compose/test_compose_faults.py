@@ -98,11 +98,20 @@ async def test_a_process_that_dies_is_started_again_by_the_engine(
 
 
 async def test_a_worker_is_cut_off_and_comes_back(mesh: Project, truth: Truth) -> None:
+    """To another address: somebody has taken its own meanwhile."""
     victim, network = at_stage(1)(mesh), mesh.network()
     async with streaming(mesh, truth):
         await meanwhile("network", "disconnect", network, victim)
-    await meanwhile("network", "connect", network, victim)
-    await whole_again(mesh)
+    sleeper = ("--entrypoint", "sleep", "stagemesh-control", "600")
+    other = docker("run", "-d", "--rm", "--network", network, *sleeper).strip()
+    try:
+        await meanwhile("network", "connect", network, victim)
+        await whole_again(mesh)
+    finally:
+        await meanwhile("rm", "--force", other)
+    (interface,) = inspect(victim)["NetworkSettings"]["Networks"].values()
+    addresses = {mesh.worker(w.worker_id): w.address for w in mesh.status().workers}
+    assert addresses[victim] == f"{interface['IPAddress']}:50052"
 
 
 async def test_a_rolling_restart_of_all(mesh: Project, truth: Truth) -> None:
