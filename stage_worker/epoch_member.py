@@ -32,7 +32,8 @@ from stagemesh.transport import Hello, Message, PushStream, StepFrame, open_push
 if TYPE_CHECKING:
     from stage_worker.executor import StageOutput
 
-OPEN_TIMEOUT_S = 15.0
+# A neighbour may be in a long step; the scheduler ends a join that takes too long before this does.
+OPEN_TIMEOUT_S = 30.0
 # The scheduler has few steps in flight; these only bound what a peer could do to our memory.
 MAX_QUEUED_STEPS = 64
 MAX_QUEUED_BYTES = 2**30

@@ -23,7 +23,7 @@ from stagemesh.plan import Epoch
 from stagemesh.transport import Hello, Message
 
 # A neighbour that was told of an epoch before this worker was may dial this early.
-EARLY_HELLO_TIMEOUT_S = 10.0
+EARLY_HELLO_TIMEOUT_S = 30.0
 MAX_EARLY_HELLOS = 16
 # Pipelines whose latest epoch is remembered.
 MAX_PIPELINES = 256
