@@ -14,8 +14,9 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from io import RawIOBase
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO
 
 from stagemesh.cli.log_lines import LogLine
 from stagemesh.errors import PeerLost, StageMeshError, from_code
@@ -102,7 +103,7 @@ class Child:
     async def pump(self, on_line: OnLine, log: Path | None) -> None:
         """Passes on the child's output, line by line, until it has ended and said all."""
         with contextlib.ExitStack() as stack:
-            sink = stack.enter_context(log.open("a", encoding="utf-8")) if log else None
+            sink = stack.enter_context(log.open("ab", buffering=0)) if log else None
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._read_output(on_line, sink))
                 tasks.create_task(self._read_reports())
@@ -144,7 +145,7 @@ class Child:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
-    async def _read_output(self, on_line: OnLine, sink: TextIO | None) -> None:
+    async def _read_output(self, on_line: OnLine, sink: RawIOBase | None) -> None:
         reader = asyncio.StreamReader()
         transport, _ = await asyncio.get_running_loop().connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(reader), self._output
@@ -158,11 +159,11 @@ class Child:
             self._take_line(rest.decode("utf-8", "replace"), on_line, sink)
         transport.close()
 
-    def _take_line(self, line: str, on_line: OnLine, sink: TextIO | None) -> None:
+    def _take_line(self, line: str, on_line: OnLine, sink: RawIOBase | None) -> None:
         self.tail.append(line)
         if sink is not None:
-            sink.write(line + "\n")
-            sink.flush()
+            with contextlib.suppress(OSError):  # a full disk costs lines of the log, no more
+                sink.write(line.encode() + b"\n")
         on_line(self.name, line)
 
     async def _read_reports(self) -> None:

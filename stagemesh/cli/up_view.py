@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ class UpView:
         if self._as_json:
             getattr(self._log, level)(message, process=process)
         else:
-            self._console.print(message, style=LEVEL_STYLES[level])
+            self._show(Text(message, style=LEVEL_STYLES[level]))
 
     def _changed(self, process: str, state: str, **facts: object) -> None:
         if self._live is None:
@@ -148,10 +149,14 @@ class UpView:
         return table
 
     def _show(self, line: str | Text) -> None:
-        if isinstance(line, Text):
-            self._console.print(line, soft_wrap=True)
-        else:
-            print(line, file=sys.stderr, flush=True)
+        try:
+            if isinstance(line, Text):
+                self._console.print(line, soft_wrap=True)
+            else:
+                print(line, file=sys.stderr, flush=True)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:  # a full disk costs lines of the log, no more
+                raise
 
 
 def _fraction(worker: mesh_pb2.WorkerStatus) -> float:

@@ -66,10 +66,12 @@ class Lines(list[str]):
 
 
 @contextlib.asynccontextmanager
-async def started(how: str, lines: Lines | None = None) -> AsyncIterator[Child]:
+async def started(
+    how: str, lines: Lines | None = None, log: Path | None = None
+) -> AsyncIterator[Child]:
     command = [sys.executable, "-c", SERVICE, "--how", how]
     child = await Child.start("worker", "worker-0", command, os.environ)
-    pump = asyncio.create_task(child.pump(Lines() if lines is None else lines, None))
+    pump = asyncio.create_task(child.pump(Lines() if lines is None else lines, log))
     try:
         yield child
     finally:
@@ -119,6 +121,13 @@ async def test_what_a_child_left_behind_ends_with_it() -> None:
         (grandchild,) = psutil.Process(child.pid).children()
         child.signal(signal.SIGTERM)
     await asyncio.to_thread(wait_until, lambda: not _lives(grandchild), TIMEOUT_S, "its end")
+
+
+async def test_a_full_disk_costs_the_log_and_nothing_else() -> None:
+    lines = Lines()
+    async with started("die", lines, Path("/dev/full")) as child:
+        await asyncio.wait_for(child.wait_ended(), TIMEOUT_S)
+    assert "last words" in lines
 
 
 SUPERVISOR = """
