@@ -32,12 +32,17 @@ class Fault:
 
 
 class Faults:
-    """Does one thing at a time; `strike` returns when the dead have been started again."""
+    """Does one thing at a time; `strike` returns when the dead have been started again.
+
+    `keep` starts what ends by itself, as a supervisor would; that is counted in `num_ended`.
+    """
 
     def __init__(self, mesh: PartsMesh, rng: random.Random, lease_s: float) -> None:
         self._mesh = mesh
-        self._rng = rng
+        self.rng = rng
         self._lease_s = lease_s
+        self._is_striking = False
+        self.num_ended = 0
         self._kinds: dict[str, Callable[[], Awaitable[list[Part]]]] = {
             "kill a worker": self._kill_worker,
             "kill two workers": self._kill_two,
@@ -52,17 +57,29 @@ class Faults:
         return list(self._kinds)
 
     async def strike(self, kind: str) -> Fault:
+        self._is_striking = True
         victims = await self._kinds[kind]()
         num_kills = len(victims) if "kill" in kind else 0
-        await asyncio.sleep(self._rng.uniform(0.0, MAX_DOWN_S))
+        await asyncio.sleep(self.rng.uniform(0.0, MAX_DOWN_S))
         for part in victims:
             if not part.alive:
                 part.start()
+        self._is_striking = False
         return Fault(kind, tuple(part.name for part in victims), num_kills)
+
+    async def keep(self) -> None:
+        """Until cancelled."""
+        while True:
+            await asyncio.sleep(0.5)
+            dead = [part for part in self._mesh.parts if not part.alive]
+            if not self._is_striking:
+                self.num_ended += len(dead)
+                for part in dead:
+                    part.start()
 
     def _some_workers(self, num: int) -> list[Part]:
         alive = [part for part in self._mesh.workers.values() if part.alive]
-        return self._rng.sample(alive, min(num, len(alive)))
+        return self.rng.sample(alive, min(num, len(alive)))
 
     async def _kill_worker(self) -> list[Part]:
         victims = self._some_workers(1)
@@ -74,14 +91,14 @@ class Faults:
         victims = self._some_workers(2)
         for part in victims:
             part.kill()
-            await asyncio.sleep(self._rng.choice((0.0, 0.1, 0.5)))
+            await asyncio.sleep(self.rng.choice((0.0, 0.1, 0.5)))
         return victims
 
     async def _freeze_and_kill(self) -> list[Part]:
         victims = self._some_workers(1)
         for part in victims:
             part.freeze()
-            await asyncio.sleep(self._rng.uniform(0.0, 1.5 * self._lease_s))
+            await asyncio.sleep(self.rng.uniform(0.0, 1.5 * self._lease_s))
             part.kill()
         return victims
 
@@ -89,7 +106,7 @@ class Faults:
         victims = self._some_workers(1)
         for part in victims:
             part.freeze()
-            await asyncio.sleep(self._rng.uniform(0.0, 1.5 * self._lease_s))
+            await asyncio.sleep(self.rng.uniform(0.0, 1.5 * self._lease_s))
             part.thaw()
         return victims
 
@@ -101,7 +118,7 @@ class Faults:
         """By SIGTERM, or by the scheduler's verb where it knows the worker yet."""
         victims = self._some_workers(1)
         for part in victims:
-            if self._rng.random() < 0.5 or not await self._drain_by_verb(part):
+            if self.rng.random() < 0.5 or not await self._drain_by_verb(part):
                 part.terminate()
             await part.wait_ended(DRAIN_TIMEOUT_S)
         return victims

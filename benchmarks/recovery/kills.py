@@ -41,12 +41,20 @@ class Tally:
 
     seed: int
     num_kills: int = 0
+    num_ended: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
     pauses_s: list[float] = field(default_factory=list)
     num_streams: int = 0
     num_tokens: int = 0
     wall_s: float = 0.0
+    latest: str = ""
+
+    def line(self) -> str:
+        return (
+            f"{self.num_kills}: {self.latest}; {self.num_streams} streams, "
+            f"{len(self.faults)} faulty"
+        )
 
     def take(self, streams: Sequence[Stream], truth: Truth) -> None:
         self.num_streams += len(streams)
@@ -57,7 +65,7 @@ class Tally:
         kinds = ", ".join(f"{kind} {num}" for kind, num in sorted(self.kinds.items()))
         lines = [
             f"{self.num_kills} kills in {self.kinds.total()} faults ({kinds}), seed {self.seed}, "
-            f"{self.wall_s:.0f} s",
+            f"{self.wall_s:.0f} s; {self.num_ended} processes ended by themselves",
             f"{self.num_streams} streams, {self.num_tokens} tokens, {len(self.faults)} faulty",
             *self.faults[:20],
         ]
@@ -79,30 +87,38 @@ async def run(
     wanted = asks(streams, seed, max_tokens=64)
     await truth.learn(mesh.target, wanted)
     started_s = time.monotonic()
-    async with Load(mesh.target, wanted, timeout_s=STREAM_TIMEOUT_S, repeat=True) as load:
-        await load.until_tokens(1)
-        faults = Faults(mesh, rng, LEASE_S)
-        while tally.num_kills < num_kills:
-            struck_s = time.monotonic()
-            fault = await faults.strike(rng.choice(list(kinds) or faults.kinds))
-            tally.num_kills += fault.num_kills
-            tally.kinds[fault.kind] += 1
-            if rng.random() >= HASTE:
-                await mesh.until_whole(CALM_TIMEOUT_S)
-                await _until_all_go_on(load, struck_s)
-                tally.pauses_s.append(time.monotonic() - struck_s)
+    faults = Faults(mesh, rng, LEASE_S)
+    keeper = asyncio.create_task(faults.keep())
+    try:
+        async with Load(mesh.target, wanted, timeout_s=STREAM_TIMEOUT_S, repeat=True) as load:
+            await load.until_tokens(1)
+            while tally.num_kills < num_kills:
+                await _strike(mesh, faults, rng.choice(list(kinds) or faults.kinds), load, tally)
+                _take_done(load, tally, truth)
+                print(tally.line(), flush=True)
+            await load.finish()
             _take_done(load, tally, truth)
-            print(
-                f"{tally.num_kills}: {fault.kind} ({', '.join(fault.victims)}), "
-                f"{time.monotonic() - struck_s:.1f} s; {tally.num_streams} streams, "
-                f"{len(tally.faults)} faulty",
-                flush=True,
-            )
-        await load.finish()
-        _take_done(load, tally, truth)
-    await mesh.restore()
+        await mesh.restore()
+    finally:
+        keeper.cancel()
+        await asyncio.gather(keeper, return_exceptions=True)
+    tally.num_ended = faults.num_ended
     tally.wall_s = time.monotonic() - started_s
     return tally
+
+
+async def _strike(mesh: PartsMesh, faults: Faults, kind: str, load: Load, tally: Tally) -> None:
+    """Some faults do not wait until the mesh has got over the one before."""
+    struck_s = time.monotonic()
+    fault = await faults.strike(kind)
+    tally.num_kills += fault.num_kills
+    tally.kinds[fault.kind] += 1
+    if faults.rng.random() >= HASTE:
+        await mesh.until_whole(CALM_TIMEOUT_S)
+        await _until_all_go_on(load, struck_s)
+        tally.pauses_s.append(time.monotonic() - struck_s)
+    victims = ", ".join(fault.victims)
+    tally.latest = f"{fault.kind} ({victims}), {time.monotonic() - struck_s:.1f} s"
 
 
 def _take_done(load: Load, tally: Tally, truth: Truth) -> None:
