@@ -16,7 +16,7 @@ from typing import Protocol
 
 import structlog
 
-from scheduler.core import Finished, SchedulerCore, Tokens
+from scheduler.core import Finished, PipelineFacts, SchedulerCore, Tokens
 from scheduler.limits import DriverTimeouts
 from scheduler.links import StepLinks
 from scheduler.membership import Membership
@@ -37,9 +37,10 @@ from scheduler.messages import (
     SuspendPipeline,
     ToWorker,
 )
+from scheduler.placement import StageCosts
 from scheduler.watch import StepWatch
 from stagemesh.errors import InternalError, StageMeshError
-from stagemesh.plan import Epoch, StepResult
+from stagemesh.plan import Epoch, Span, StepResult
 
 log = structlog.get_logger()
 
@@ -173,18 +174,24 @@ class Driver:
                 links.close(pipeline_id, epoch)
             case AddPipeline(facts):
                 self.core.add_pipeline(facts, now_ns)
-                self._watch.epoch_began(facts.pipeline_id, facts.epoch, now_ns)
+                self._watch_epoch(facts, now_ns)
             case SuspendPipeline(pipeline_id):
                 self.core.suspend_pipeline(pipeline_id, now_ns)
                 self._watch.epoch_ended(pipeline_id)
             case ResumePipeline(facts, lost_stages):
                 self.core.resume_pipeline(facts, lost_stages, now_ns)
-                self._watch.epoch_began(facts.pipeline_id, facts.epoch, now_ns)
+                self._watch_epoch(facts, now_ns)
             case FailOldestStep(pipeline_id, error):
                 self.core.fail_oldest_step(pipeline_id, error, now_ns)
             case RemovePipeline(pipeline_id):
                 self.core.remove_pipeline(pipeline_id, now_ns)
                 self._watch.pipeline_removed(pipeline_id)
+
+    def _watch_epoch(self, facts: PipelineFacts, now_ns: int) -> None:
+        model = self.membership.model.summary
+        whole = Span(0, model.num_layers) if model else Span(0, 0)
+        weight_bytes = StageCosts.of(model).read_bytes(whole) if model else 0
+        self._watch.epoch_began(facts.pipeline_id, facts.epoch, now_ns, weight_bytes)
 
     def _note_what_is_rebuilt(self, now_ns: int) -> None:
         rebuilding = self.membership.epochs.rebuilding

@@ -14,8 +14,10 @@ from stagemesh.plan import Epoch, Step
 
 # How much longer than usual is too long.
 _PATIENCE = 10
-# Nothing is known of the first steps of an epoch: devices warm up, stages are rebuilt.
+# Nothing is known of the first steps of an epoch: devices warm up, stages are rebuilt. Beside this,
+# each token has the time that reading all weights takes at a speed below any device's.
 _FIRST_LIMIT_NS = 60_000_000_000
+_SLOWEST_BYTES_PER_NS = 2
 _FORGETTING = 0.05
 
 
@@ -38,10 +40,14 @@ class UsualTimes:
         self._by_size[size] = max(duration_ns, known + _FORGETTING * (duration_ns - known))
 
     def predict_ns(self, num_tokens: int) -> float:
-        """At most twice as long for twice the tokens; 0 where nothing is known."""
-        size = num_tokens.bit_length()
-        smaller = (t * 2.0 ** (size - known) for known, t in self._by_size.items() if known < size)
-        return max(smaller, default=0.0) if size not in self._by_size else self._by_size[size]
+        """Where nothing of this size is known: twice as long for twice the tokens of a smaller
+        one, or as long as a larger one; 0 where nothing is known at all."""
+        size, known = num_tokens.bit_length(), self._by_size
+        if size in known:
+            return known[size]
+        smaller = [known[each] * 2.0 ** (size - each) for each in known if each < size]
+        larger = [known[each] for each in known if each > size]
+        return max(smaller, default=min(larger, default=0.0))
 
 
 @dataclass(slots=True)
@@ -51,6 +57,7 @@ class _Watched:
     # When something happened last: the epoch began, a step was sent to an idle pipeline, one came
     # back. The oldest step's time counts from there.
     since_ns: int
+    weight_bytes: int
     is_proven: bool = False
     # (number, tokens)
     in_flight: deque[tuple[int, int]] = field(default_factory=deque)
@@ -65,9 +72,12 @@ class StepWatch:
         self._watched: dict[str, _Watched] = {}
         self._usual: dict[str, UsualTimes] = {}
 
-    def epoch_began(self, pipeline_id: str, epoch: Epoch, now_ns: int) -> None:
+    def epoch_began(
+        self, pipeline_id: str, epoch: Epoch, now_ns: int, weight_bytes: int = 0
+    ) -> None:
+        """`weight_bytes` are the model's."""
         usual = self._usual.setdefault(pipeline_id, UsualTimes())
-        self._watched[pipeline_id] = _Watched(epoch, usual, now_ns)
+        self._watched[pipeline_id] = _Watched(epoch, usual, now_ns, weight_bytes)
 
     def epoch_ended(self, pipeline_id: str) -> None:
         self._watched.pop(pipeline_id, None)
@@ -125,9 +135,12 @@ class StepWatch:
             watched.since_ns += duration_ns
 
     def _limit_ns(self, watched: _Watched) -> int:
-        usual_ns = watched.usual.predict_ns(watched.in_flight[0][1])
-        limit_ns = max(self._lease_ns, round(_PATIENCE * usual_ns))
-        return limit_ns if watched.is_proven else max(limit_ns, _FIRST_LIMIT_NS)
+        num_tokens = watched.in_flight[0][1]
+        limit_ns = max(self._lease_ns, round(_PATIENCE * watched.usual.predict_ns(num_tokens)))
+        if watched.is_proven:
+            return limit_ns
+        slowest_ns = num_tokens * watched.weight_bytes // _SLOWEST_BYTES_PER_NS
+        return max(limit_ns, _FIRST_LIMIT_NS + slowest_ns)
 
     def _is_canary_due(self, watched: _Watched, now_ns: int) -> bool:
         interval_ns = self._canary_interval_ns

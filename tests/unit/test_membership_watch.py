@@ -65,6 +65,17 @@ def test_the_first_steps_of_an_epoch_may_take_long() -> None:
     assert made.overdue(61 * S)
 
 
+def test_large_first_steps_of_large_models_may_take_very_long() -> None:
+    made = StepWatch(2 * S, 0)
+    made.epoch_began("p0", EPOCH, 0, weight_bytes=4 * 10**9)
+    made.step_sent(step(0, num_tokens=100), 0)
+    assert made.wakeup_ns() == 60 * S + 100 * 2 * S
+    made.step_done("p0", EPOCH, 0, 100 * S)
+    made.step_sent(step(1), 100 * S)
+    assert made.overdue(1099 * S) == []
+    assert made.overdue(1100 * S), "one token takes no longer than a hundred"
+
+
 def test_an_answer_of_an_older_epoch_or_to_another_step_says_nothing() -> None:
     made = watch()
     made.step_sent(step(1), S)
@@ -102,6 +113,7 @@ def test_what_was_slow_once_is_remembered_and_slowly_forgotten() -> None:
     assert 90 < usual.predict_ns(1) < 100
     assert 16 * 90 < usual.predict_ns(16) < 16 * 100
     usual.learn(16, 30)
+    assert usual.predict_ns(4) == usual.predict_ns(1) * 4, "of the smaller one"
     assert usual.predict_ns(20) == 30
 
 
