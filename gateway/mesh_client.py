@@ -27,6 +27,7 @@ from protos import mesh_pb2
 from stagemesh.backoff import Backoff
 from stagemesh.errors import (
     InternalError,
+    MeshUnavailable,
     ProtocolError,
     QueueFull,
     RequestCancelled,
@@ -39,6 +40,7 @@ from stagemesh.wire import error_from_proto, sampled_token_from_proto
 _log = structlog.get_logger(__name__)
 _MIN_RESUBMIT_S = 0.25
 _MAX_RESUBMIT_S = 5.0
+_RETRY_AFTER_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +260,8 @@ def _end_error(message: mesh_pb2.RequestFinished) -> StageMeshError:
     error = error_from_proto(message.error)
     if message.HasField("retry_after_ns"):
         error.retry_after_s = message.retry_after_ns / 1e9
+    elif isinstance(error, (MeshUnavailable, QueueFull)):
+        error.retry_after_s = _RETRY_AFTER_S
     return error
 
 

@@ -17,8 +17,12 @@ _COME_AGAIN = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
 
 
 def error_body(error: StageMeshError) -> dict[str, Any]:
+    """`retry_after_s` is in the body too, since the last event of a stream has no header."""
     param = error.param if isinstance(error, InvalidRequest) else None
-    return _body(error.message, outward(error).openai_type, param, error.code)
+    body = _body(error.message, outward(error).openai_type, param, error.code)
+    if error.retry_after_s is not None:
+        body["error"]["retry_after_s"] = round(error.retry_after_s, 3)
+    return body
 
 
 def error_response(error: StageMeshError) -> JSONResponse:

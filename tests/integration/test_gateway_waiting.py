@@ -236,5 +236,7 @@ async def test_tokens_that_were_streamed_stay_valid() -> None:
         )
         assert (await anext(stream)).choices[0].text
         await scheduler.set_serving(False)
-        with pytest.raises(openai.APIError, match="no pipeline served"):
+        with pytest.raises(openai.APIError, match="no pipeline served") as caught:
             [_ async for _ in stream]
+        assert isinstance(caught.value.body, dict)
+        assert caught.value.body["retry_after_s"] >= 1
