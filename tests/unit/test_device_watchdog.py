@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 
 import pytest
 from support.paths import DEMO_MODEL
@@ -106,5 +107,20 @@ async def test_neither_waiting_nor_jobs_without_a_limit_count() -> None:
     gate.set()
     await asyncio.gather(loading, *steps)
     assert not watching.done()
+    watching.cancel()
+    assert await device.stop(10)
+
+
+async def test_time_in_which_the_process_was_stopped_does_not_count() -> None:
+    """A process that was frozen in the middle of a step and thaws goes on with it."""
+    device, gate = DeviceThread(), threading.Event()
+    watching = asyncio.create_task(watch(device))
+    step = device.submit(lambda: gate.wait(60), limit_s=0.5)
+    await asyncio.wait([watching], timeout=0.1)
+    time.sleep(1.0)  # noqa: ASYNC251 - as a process that was stopped
+    done, _ = await asyncio.wait([watching], timeout=0.1)
+    assert not done
+    gate.set()
+    await step
     watching.cancel()
     assert await device.stop(10)
