@@ -1,7 +1,7 @@
 """`python -m benchmarks.recovery`: from a kill to the next token, by context and by way of rebuild.
 
-Each way has a mesh of its own, in which a lone stream of each context loses the worker of one stage
-several times over:
+Each way has a mesh of its own, with a spare for each stage that has its layers loaded, in which a
+lone stream of each context loses the worker of one stage several times over:
 
 - *log*: the lost stage is rebuilt from what the stage before it had sent;
 - *partial*: without that log, by computing through the stages before it again;
@@ -38,7 +38,7 @@ def mesh_shape(model: Path, mode: str, num_stages: int, batch_invariant: bool) -
     return MeshShape(
         model=model,
         stages=num_stages,
-        spares=num_stages if mode == "full" else 1,
+        spares=num_stages,
         scheduler_options=("--heartbeat-interval", "100ms", "--no-prefix-cache"),
         worker_options=workers,
         batch_invariant=batch_invariant,

@@ -90,7 +90,9 @@ async def run(
     faults = Faults(mesh, rng, LEASE_S)
     keeper = asyncio.create_task(faults.keep())
     try:
-        async with Load(mesh.target, wanted, timeout_s=STREAM_TIMEOUT_S, repeat=True) as load:
+        async with Load(
+            mesh.target, wanted, timeout_s=STREAM_TIMEOUT_S, repeat=len(wanted)
+        ) as load:
             await load.until_tokens(1)
             while tally.num_kills < num_kills:
                 await _strike(mesh, faults, rng.choice(list(kinds) or faults.kinds), load, tally)

@@ -162,7 +162,8 @@ class Truth:
 
 
 class Load:
-    """All of `wanted` at once; `repeat` begins each again as soon as it is done, until `finish`.
+    """All of `wanted` at once; the first `repeat` of them begin again as soon as they are done,
+    until `finish`.
 
     `streams` are the latest of each, `done` all that ended.
     """
@@ -173,7 +174,7 @@ class Load:
         wanted: Iterable[Ask],
         *,
         timeout_s: float | None = DEFAULT_TIMEOUT_S,
-        repeat: bool = False,
+        repeat: int = 0,
     ) -> None:
         self.streams = [Stream(ask) for ask in wanted]
         self.done: list[Stream] = []
@@ -228,7 +229,7 @@ class Load:
 
     async def finish(self) -> None:
         """Until all have ended, well or not. A repeated load begins no new ones."""
-        self._repeat = False
+        self._repeat = 0
         await asyncio.gather(*self._tasks)
 
     async def _run(self, stub: pb_grpc.TextGenerationStub, number: int) -> None:
@@ -237,7 +238,7 @@ class Load:
             await run_stream(stub, stream.ask, stream, self._timeout_s)
             self.done.append(stream)
             self._num_rounds[number] += 1
-            if not self._repeat:
+            if number >= self._repeat:
                 return
             self.streams[number] = Stream(stream.ask)
 

@@ -25,6 +25,7 @@ class Found:
             f"{r.detect_s * 1e3:.0f} + fill {r.fill_s * 1e3:.0f} + join {r.join_s * 1e3:.0f} + "
             f"rebuild {r.rebuild_s * 1e3:.0f} + resume {r.resume_s * 1e3:.0f}; "
             f"{r.num_tokens_rebuilt} tokens, compute {r.compute_s * 1e3:.0f} ms "
+            f"and {r.others_s * 1e3:.0f} ms on the others "
             f"(a prefill: {r.baseline.prefill_total_s * 1e3:.0f} ms), "
             f"{'same' if r.same_tokens else 'OTHER'} tokens"
         )
@@ -48,8 +49,8 @@ def tables(found: Iterable[Found], shape: ModelShape, num_stages: int) -> str:
     lines = [
         "| way | context | trials | worst ms | "
         + " | ".join(f"{name} ms" for name in _TIMES)
-        + " | compute ms | of a prefill | same tokens |",
-        "|" + "---|" * (len(_TIMES) + 7),
+        + " | compute ms | by others ms | of a prefill | same tokens |",
+        "|" + "---|" * (len(_TIMES) + 8),
         *(_row(mode, context, trials) for (mode, context), trials in by_row.items()),
         "",
         _prefills(by_row.values()),
@@ -69,6 +70,7 @@ def _row(mode: str, context: int, trials: Sequence[Recovery]) -> str:
         f"{max(r.total_s for r in trials) * 1e3:.0f}",
         *(f"{_median(trials, time) * 1e3:.0f}" for time in _TIMES.values()),
         f"{compute_s * 1e3:.0f}",
+        f"{_median(trials, lambda r: r.others_s) * 1e3:.0f}",
         f"{compute_s / prefill_s:.2f}",
         f"{sum(r.same_tokens for r in trials)}/{len(trials)}",
     ]

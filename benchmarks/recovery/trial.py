@@ -46,7 +46,8 @@ class Baseline:
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """`compute_s` is what the rebuild computed, on all workers together."""
+    """`compute_s` is what the rebuild computed on the workers that took the places, `others_s` on
+    those that kept theirs: the difference of two runs, so that there is noise in it."""
 
     context_tokens: int
     total_s: float
@@ -55,6 +56,7 @@ class Recovery:
     join_s: float
     rebuild_s: float
     compute_s: float
+    others_s: float
     num_tokens_rebuilt: int
     same_tokens: bool
     baseline: Baseline
@@ -96,7 +98,9 @@ async def measure_baseline(mesh: PartsMesh, context: int, seed: int) -> Baseline
 async def measure_recovery(
     mesh: PartsMesh, baseline: Baseline, stages: Sequence[int], *, freeze: bool = False
 ) -> Recovery:
-    """Kills the workers of `stages`; `mesh` is whole again afterwards."""
+    """Kills the workers of `stages` while spares hold the same layers; `mesh` is whole again
+    afterwards."""
+    await mesh.until(lambda s: _have_spares(s, stages), "spares that have loaded the layers")
     before = await settled(mesh)
     victims = [mesh.at(before, stage) for stage in stages]
     endless = Ask(baseline.ask.prompt, baseline.ask.max_tokens + 1000)
@@ -117,6 +121,9 @@ async def measure_recovery(
     num_before = sum(when < noticed_s for when in stream.times_s)
     mending = after.pipelines[0].mending
     known = baseline.token_ids[: len(stream.token_ids)]
+    compute_s, others_s = _rebuild_compute_s(
+        before, after, baseline, num_before, len(stream.token_ids)
+    )
     recovery = Recovery(
         context_tokens=len(baseline.ask.prompt),
         total_s=next_s - killed_s,
@@ -124,15 +131,25 @@ async def measure_recovery(
         fill_s=mending.fill_ns / 1e9,
         join_s=mending.join_ns / 1e9,
         rebuild_s=mending.rebuild_ns / 1e9,
-        compute_s=_rebuild_compute_s(
-            before, after, baseline, victims, num_before, len(stream.token_ids)
-        ),
+        compute_s=compute_s,
+        others_s=others_s,
         num_tokens_rebuilt=mending.num_tokens_rebuilt,
         same_tokens=tuple(stream.token_ids[: len(known)]) == known,
         baseline=baseline,
     )
     await mesh.restore()
     return recovery
+
+
+def _have_spares(status: Status, stages: Sequence[int]) -> bool:
+    ids = status.pipelines[0].worker_ids
+    spans = {worker.worker_id: (worker.span.start, worker.span.end) for worker in status.workers}
+    loaded = [
+        spans[worker.worker_id]
+        for worker in status.workers
+        if worker.worker_id not in ids and worker.state == mesh_pb2.WORKER_STATE_READY
+    ]
+    return all(spans[ids[stage]] in loaded for stage in stages)
 
 
 def strike(victims: Sequence[Part], freeze: bool) -> float:
@@ -144,27 +161,21 @@ def strike(victims: Sequence[Part], freeze: bool) -> float:
 
 
 def _rebuild_compute_s(
-    before: Status,
-    after: Status,
-    baseline: Baseline,
-    victims: Sequence[Part],
-    num_before: int,
-    num_tokens: int,
-) -> float:
-    """All that was computed, less the first prefill and the ordinary steps."""
-    lost = {part.name for part in victims}
+    before: Status, after: Status, baseline: Baseline, num_before: int, num_tokens: int
+) -> tuple[float, float]:
+    """(by those that took a place, by the others): all that was computed, less the first prefill
+    and the ordinary steps."""
     then, now = compute_by_worker(before), compute_by_worker(after)
-    total_s = 0.0
+    new_s = others_s = 0.0
     for stage, (old, new) in enumerate(
         zip(before.pipelines[0].worker_ids, after.pipelines[0].worker_ids, strict=True)
     ):
-        decode_s = baseline.decode_s[stage]
-        total_s += now[new] - then.get(new, 0.0)
-        if old in lost:  # whoever took the place has only the steps after it
-            total_s -= (num_tokens - num_before) * decode_s
+        computed_s, decode_s = now[new] - then.get(new, 0.0), baseline.decode_s[stage]
+        if old == new:
+            others_s += computed_s - baseline.prefill_s[stage] - (num_tokens - 1) * decode_s
         else:
-            total_s -= baseline.prefill_s[stage] + (num_tokens - 1) * decode_s
-    return total_s
+            new_s += computed_s - (num_tokens - num_before) * decode_s
+    return new_s, others_s
 
 
 def compute_by_worker(status: Status) -> Mapping[str, float]:

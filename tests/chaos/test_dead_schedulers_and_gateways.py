@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from support.chaos import DEMO_MODEL, MANY, WAITING, Meshes, check, loaded, watched
+from support.chaos import DEMO_MODEL, MANY, NUM_LASTING, WAITING, Meshes, check, loaded, watched
 
 from benchmarks.recovery.load import Load, Truth, asks
 from benchmarks.recovery.parts_mesh import MeshShape, PartsMesh
@@ -25,7 +25,7 @@ async def test_the_scheduler_dies_under_load(mesh: PartsMesh, truth: Truth) -> N
             mesh.scheduler.kill()
             mesh.scheduler.start()
             await mesh.until(lambda s, term=term: s.term > term, "the next scheduler")
-            await load.until_more_tokens(len(load.streams))
+            await load.until_more_tokens(NUM_LASTING)
 
 
 async def test_the_scheduler_and_a_worker_die_together(mesh: PartsMesh, truth: Truth) -> None:
@@ -34,7 +34,7 @@ async def test_the_scheduler_and_a_worker_die_together(mesh: PartsMesh, truth: T
         mesh.scheduler.kill()
         victim.kill()
         mesh.scheduler.start()
-        await load.until_more_tokens(len(load.streams))
+        await load.until_more_tokens(NUM_LASTING)
 
 
 async def test_a_gateways_requests_leave_the_mesh_with_it(meshes: Meshes, truth: Truth) -> None:
@@ -54,7 +54,7 @@ async def test_a_gateways_requests_leave_the_mesh_with_it(meshes: Meshes, truth:
                 )
                 print(f"cancelled after {time.monotonic() - killed_s:.2f} s")
                 assert time.monotonic() - killed_s < 2 * LEASE_S
-            await load.until_more_tokens(len(load.streams))
+            await load.until_more_tokens(NUM_LASTING)
         await mesh.until_idle()
 
 

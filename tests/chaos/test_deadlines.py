@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import grpc
 import pytest
-from support.chaos import DEMO_MODEL, WAITING, Meshes, loaded, watched
+from support.chaos import DEMO_MODEL, NUM_LASTING, WAITING, Meshes, loaded, watched
 
 from benchmarks.recovery.load import Ask, Load, Stream, Truth, asks
 from benchmarks.recovery.parts_mesh import MeshShape, PartsMesh
@@ -63,7 +63,7 @@ async def test_the_others_take_the_layers_over(meshes: Meshes, truth: Truth) -> 
     async with watched(meshes.get(TAKING_OVER)) as mesh, loaded(mesh, truth) as load:
         mesh.at(await mesh.status(), 1).kill()
         await mesh.until(lambda s: len(s.pipelines[0].worker_ids) == 2, "two stages")
-        await load.until_more_tokens(len(load.streams))
+        await load.until_more_tokens(NUM_LASTING)
 
 
 async def cut_short(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support.chaos import LONG, MANY, loaded
+from support.chaos import LONG, MANY, NUM_LASTING, loaded
 
 from benchmarks.recovery.faults import drain
 from benchmarks.recovery.load import Truth
@@ -21,7 +21,7 @@ async def test_a_rolling_restart_with_a_spare(mesh: PartsMesh, truth: Truth) -> 
             worker.start()
             await worker.wait_ready()
             await mesh.until_whole()
-            await load.until_more_tokens(len(load.streams))
+            await load.until_more_tokens(NUM_LASTING)
 
 
 async def test_a_rolling_restart_without_a_spare(mesh: PartsMesh, truth: Truth) -> None:
@@ -35,7 +35,7 @@ async def test_a_rolling_restart_without_a_spare(mesh: PartsMesh, truth: Truth) 
             worker.start()
             await worker.wait_ready()
             await mesh.until_whole()
-            await load.until_more_tokens(len(load.streams))
+            await load.until_more_tokens(NUM_LASTING)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
@@ -50,7 +50,7 @@ async def test_a_span_moves_to_another_worker_with_its_pages(
         moved = await drain(mesh, old.name, to=spare.name, stay=True)
         assert moved.successor_id == spare.name
         assert moved.num_blocks_moved > 0
-        await load.until_more_tokens(len(load.streams))
+        await load.until_more_tokens(NUM_LASTING)
         status = await mesh.status()
         assert mesh.at(status, stage) is spare
         assert old.alive
@@ -68,7 +68,7 @@ async def test_the_successor_dies_while_it_is_handed_the_span(
         spare.kill()
         assert await leaving.wait_ended() == 0
         leaving.start()
-        await load.until_more_tokens(len(load.streams))
+        await load.until_more_tokens(NUM_LASTING)
 
 
 async def test_a_draining_worker_is_killed(mesh: PartsMesh, truth: Truth) -> None:
@@ -76,4 +76,4 @@ async def test_a_draining_worker_is_killed(mesh: PartsMesh, truth: Truth) -> Non
         leaving = mesh.at(await mesh.status(), 1)
         leaving.terminate()
         leaving.kill()
-        await load.until_more_tokens(len(load.streams))
+        await load.until_more_tokens(NUM_LASTING)

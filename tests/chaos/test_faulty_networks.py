@@ -9,7 +9,16 @@ from dataclasses import dataclass
 
 import pytest
 import pytest_asyncio
-from support.chaos import DEMO_MODEL, MANY, WAITING, is_member, lasting, loaded, watched
+from support.chaos import (
+    DEMO_MODEL,
+    MANY,
+    NUM_LASTING,
+    WAITING,
+    is_member,
+    lasting,
+    loaded,
+    watched,
+)
 from support.hosts import Host, hosts
 from support.proxy import TcpProxy
 
@@ -96,7 +105,7 @@ async def test_packets_between_two_stages_vanish(net: Net, truth: Truth) -> None
         first.drop(second)
         await net.until_next_epoch(before)
         net.heal()
-        await load.until_more_tokens(len(load.streams))
+        await load.until_more_tokens(NUM_LASTING)
 
 
 async def test_packets_to_a_workers_port_vanish_for_one_step_only(net: Net, truth: Truth) -> None:
@@ -107,7 +116,7 @@ async def test_packets_to_a_workers_port_vanish_for_one_step_only(net: Net, trut
         first.drop(second, PORT)
         await lasting(LEASE_S / 10)
         net.heal()
-        await load.until_more_tokens(len(load.streams))
+        await load.until_more_tokens(NUM_LASTING)
         assert await net.epoch() == before
 
 
@@ -118,10 +127,10 @@ async def test_a_worker_that_the_scheduler_cannot_hear(net: Net, truth: Truth) -
         part = net.mesh.at(await net.mesh.status(), 1)
         deaf.drop(net.front)
         await net.mesh.until(lambda s: not is_member(s, part), "the silence to be noticed")
-        await load.until_more_tokens(len(load.streams))
+        await load.until_more_tokens(NUM_LASTING)
         net.heal()
         await net.mesh.until(lambda s: is_member(s, part), "it to come back")
-        await load.until_more_tokens(len(load.streams))
+        await load.until_more_tokens(NUM_LASTING)
 
 
 async def test_a_port_that_closes(net: Net, truth: Truth) -> None:
@@ -132,7 +141,7 @@ async def test_a_port_that_closes(net: Net, truth: Truth) -> None:
         second.close_port(PORT)
         await net.until_next_epoch(before)
         net.heal()
-        await load.until_more_tokens(len(load.streams))
+        await load.until_more_tokens(NUM_LASTING)
 
 
 async def test_a_thin_line(net: Net, truth: Truth) -> None:
@@ -141,6 +150,6 @@ async def test_a_thin_line(net: Net, truth: Truth) -> None:
     before = await net.epoch()
     first.limit_rate("8mbit")
     async with loaded(net.mesh, truth, FEW) as load:
-        await load.until_more_tokens(len(load.streams))
+        await load.until_more_tokens(NUM_LASTING)
     first.limit_rate(None)
     assert await net.epoch() == before

@@ -9,7 +9,16 @@ from dataclasses import dataclass
 
 import pytest
 import pytest_asyncio
-from support.chaos import DEMO_MODEL, MANY, WAITING, is_member, lasting, loaded, watched
+from support.chaos import (
+    DEMO_MODEL,
+    MANY,
+    NUM_LASTING,
+    WAITING,
+    is_member,
+    lasting,
+    loaded,
+    watched,
+)
 from support.proxy import TcpProxy
 
 from benchmarks.recovery.load import Truth
@@ -32,10 +41,10 @@ async def test_a_frozen_worker_is_replaced_and_comes_back_as_a_stranger(
         frozen_s = time.monotonic()
         await mesh.until(lambda s: not is_member(s, frozen), "the silence to be noticed")
         print(f"noticed after {time.monotonic() - frozen_s:.2f} s")
-        await load.until_more_tokens(len(load.streams))
+        await load.until_more_tokens(NUM_LASTING)
         frozen.thaw()
         await mesh.until(lambda s: is_member(s, frozen), "it to come back")
-        await load.until_more_tokens(len(load.streams))
+        await load.until_more_tokens(NUM_LASTING)
         assert frozen.alive
 
 
@@ -48,7 +57,7 @@ async def test_a_worker_that_freezes_for_less_than_the_lease_stays(
         frozen.freeze()
         await lasting(LEASE_S / 4)
         frozen.thaw()
-        await load.until_more_tokens(len(load.streams))
+        await load.until_more_tokens(NUM_LASTING)
         after = await mesh.status()
         assert after.pipelines[0].worker_ids == before.pipelines[0].worker_ids
 
@@ -59,7 +68,7 @@ async def test_a_frozen_scheduler_thaws(mesh: PartsMesh, truth: Truth) -> None:
         mesh.scheduler.freeze()
         await lasting(2 * LEASE_S)
         mesh.scheduler.thaw()
-        await load.until_more_tokens(len(load.streams))
+        await load.until_more_tokens(NUM_LASTING)
 
 
 @dataclass
@@ -108,7 +117,7 @@ async def test_nobody_follows_a_scheduler_that_thaws_after_its_successor_began(
         road.reset()
         await mesh.until_whole()
         old.thaw()
-        await load.until_more_tokens(3 * len(load.streams))
+        await load.until_more_tokens(12 * NUM_LASTING)
         status = await mesh.status()
         assert status.term > old_term
         assert status.pipelines[0].serving

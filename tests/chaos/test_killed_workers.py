@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support.chaos import LONG, LONG_PROMPTS, MANY, check, loaded
+from support.chaos import LONG, LONG_PROMPTS, MANY, NUM_LASTING, check, loaded
 
 from benchmarks.recovery.load import Load, Truth
 from benchmarks.recovery.parts_mesh import PartsMesh
@@ -47,11 +47,11 @@ async def test_twice_in_a_row(mesh: PartsMesh, truth: Truth) -> None:
     async with loaded(mesh, truth, LONG) as load:
         first = mesh.at(await mesh.status(), 1)
         first.kill()
-        await load.until_more_tokens(2 * len(LONG))
+        await load.until_more_tokens(NUM_LASTING)
         first.start()
         await first.wait_ready()
         mesh.at(await mesh.status(), 1).kill()
-        await load.until_more_tokens(len(LONG))
+        await load.until_more_tokens(NUM_LASTING)
 
 
 async def test_while_the_mesh_recovers(mesh: PartsMesh, truth: Truth) -> None:

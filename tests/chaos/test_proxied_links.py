@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import pytest_asyncio
-from support.chaos import DEMO_MODEL, MANY, WAITING, loaded, watched
+from support.chaos import DEMO_MODEL, MANY, NUM_LASTING, WAITING, loaded, watched
 from support.proxy import TcpProxy
 
 from benchmarks.recovery.load import Truth
@@ -70,7 +70,7 @@ async def test_faults_of_the_link_between_two_stages(wires: Wires, truth: Truth)
     before = (await mesh.status()).pipelines[0].epoch.n
     async with loaded(mesh, truth, FEW) as load:
         link.reset()
-        await load.until_more_tokens(len(FEW))
+        await load.until_more_tokens(NUM_LASTING)
         link.reset()
     async with loaded(mesh, truth, FEW):
         link.half_close()

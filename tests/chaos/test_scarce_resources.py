@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.chaos import DEMO_MODEL, MANY, loaded
+from support.chaos import DEMO_MODEL, MANY, NUM_LASTING, loaded
 from support.chaos_memory import memory_cage
 from support.mesh import greedy_request, running_mesh, wait_until
 
@@ -29,7 +29,7 @@ async def test_the_kernel_kills_a_worker_for_want_of_memory(mesh: PartsMesh, tru
                 await until(lambda: not victim.alive, "the kernel to kill the worker")
             assert await victim.wait_ended() == -9
             assert cage.num_killed() == 1
-            await load.until_more_tokens(len(load.streams))
+            await load.until_more_tokens(NUM_LASTING)
 
 
 @contextlib.contextmanager

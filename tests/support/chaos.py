@@ -15,6 +15,7 @@ from benchmarks.recovery.part import Part
 from benchmarks.recovery.parts_mesh import MeshShape, PartsMesh, Status
 
 SEED = 20261121
+NUM_LASTING = 4
 # Prompts of up to ten blocks; the demo model's context is 512 tokens.
 MANY = tuple(asks(32, SEED, max_tokens=48))
 LONG = tuple(asks(6, SEED + 1, prompt_tokens=(12, 40, 90), max_tokens=200))
@@ -65,12 +66,13 @@ async def watched(mesh: PartsMesh) -> AsyncIterator[PartsMesh]:
 async def loaded(
     mesh: PartsMesh, truth: Truth, wanted: Sequence[Ask] = MANY, *, each: int = 4
 ) -> AsyncIterator[Load]:
-    """Constant load for the time of the block, which begins when each stream is `each` tokens far.
+    """Load for the time of the block, which begins when each stream is `each` tokens far. A few of
+    them are begun again and again, so that it does not run dry.
 
     All that were begun are right in the end: every token, in order, once.
     """
     await truth.learn(mesh.target, wanted)
-    async with Load(mesh.target, wanted, repeat=True) as load:
+    async with Load(mesh.target, wanted, repeat=NUM_LASTING) as load:
         await load.until_tokens(each)
         yield load
         await load.finish()
