@@ -48,7 +48,10 @@ def _mesh(status: mesh_pb2.GetStatusResponse) -> Text:
 
 
 def _workers(status: mesh_pb2.GetStatusResponse) -> Table:
-    table = _table("worker", "state", "layers", "device", "address", "pid")
+    table = _table("worker", "state", "layers")
+    for column in ("device", "address"):  # what a narrow terminal can do without
+        table.add_column(column, overflow="ellipsis")
+    table.add_column("pid", no_wrap=True)
     _number_columns(table, "weights MiB", "RSS MiB", "steps", "busy %")
     for worker in sorted(status.workers, key=lambda worker: _order(worker, status)):
         state = state_word(worker, status)
