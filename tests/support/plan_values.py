@@ -52,6 +52,7 @@ ROWS = st.builds(
     logprob_positions=FEW_U32,
     input_from_log_of_stage=st.none() | U32,
     state=st.none() | STATES,
+    first_writing_stage=U32,
 )
 STEPS = st.builds(
     Step,
