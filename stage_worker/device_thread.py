@@ -74,6 +74,13 @@ class DeviceThread:
         """What is being done now."""
         return self._running
 
+    def cpu_s(self) -> float:
+        """Processor time that the thread has used so far; 0 where the system does not say."""
+        clock_of = getattr(time, "pthread_getcpuclockid", None)
+        if clock_of is None or self._thread.ident is None or not self._thread.is_alive():
+            return 0.0
+        return time.clock_gettime(clock_of(self._thread.ident))
+
     @property
     def stopping(self) -> bool:
         """Long work asks this now and then, and gives up."""

@@ -1,7 +1,10 @@
 """Finds a device thread that does not come back from a job.
 
-Counts what the job itself takes, not how long it waited, and only time in which this process was
-awake. Arithmetic cannot be interrupted: all that can be done is to say so and to end the process.
+Counts what the job itself takes, not how long it waited. A thread that gets a little of an
+overloaded machine is no hanging one: while it uses processor time, that is what counts; while it
+uses none, it waits for something (a device, a lock), and the time that passes counts, as far as
+this process was awake. Arithmetic cannot be interrupted: all that can be done is to say so and to
+end the process.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ FIRST_STEP_LIMIT_S = 60.0
 """For the first steps after loading, of which nothing is known, and for what is no step."""
 _NUM_FIRST_STEPS = 3
 _SLACK = 10.0
+# Less than this between two looks is a thread that waits.
+_MIN_USED_S = 0.0005
 
 
 def step_limit_s(cost: StepCost, work: float, min_limit_s: float) -> float:
@@ -29,15 +34,16 @@ def step_limit_s(cost: StepCost, work: float, min_limit_s: float) -> float:
 async def watch(device: DeviceThread) -> StepTimeout:
     """Returns once a job has run for longer than it may."""
     loop = asyncio.get_running_loop()
-    last_s, job, ran_s = loop.time(), device.running, 0.0
+    last_s, job, ran_s, cpu_s = loop.time(), device.running, 0.0, device.cpu_s()
     while True:
         await asyncio.sleep(LOOK_S)
         now_s = loop.time()
         awake_s, last_s = min(now_s - last_s, 2 * LOOK_S), now_s
+        used_s, cpu_s = device.cpu_s() - cpu_s, device.cpu_s()
         if device.running is not job:
             job, ran_s = device.running, 0.0
             continue
-        ran_s += awake_s
+        ran_s += min(used_s, awake_s) if used_s > _MIN_USED_S else awake_s
         if job is not None and job.limit_s is not None and ran_s > job.limit_s:
             return StepTimeout(
                 f"the device has been at work on {job.name} for {ran_s:.1f} s, of "

@@ -96,6 +96,36 @@ async def test_a_job_that_hangs_is_found() -> None:
     assert await device.stop(10)
 
 
+async def test_a_job_that_spins_is_found() -> None:
+    device, gate = DeviceThread(), threading.Event()
+    watching = asyncio.create_task(watch(device))
+
+    def spin() -> None:
+        while not gate.is_set():
+            sum(range(1000))
+
+    device.submit(spin, limit_s=0.2)
+    async with asyncio.timeout(30):
+        assert isinstance(await watching, StepTimeout)
+    gate.set()
+    assert await device.stop(10)
+
+
+async def test_a_job_that_gets_little_of_the_processor_is_given_time() -> None:
+    device = DeviceThread()
+    watching = asyncio.create_task(watch(device))
+
+    def starve() -> None:
+        for _ in range(200):
+            sum(range(50_000))  # a millisecond or so
+            time.sleep(0.004)
+
+    await device.run(starve, limit_s=0.7)
+    assert not watching.done()
+    watching.cancel()
+    assert await device.stop(10)
+
+
 async def test_neither_waiting_nor_jobs_without_a_limit_count() -> None:
     """A load takes as long as it takes, and what waits for it is not late."""
     device, gate = DeviceThread(), threading.Event()
