@@ -8,7 +8,7 @@ from itertools import count
 
 import grpc.aio
 import pytest
-from support.pretend_gateway import pretend_mesh, prompt_of
+from support.pretend_gateway import PretendGateway, pretend_mesh, prompt_of
 from support.pretend_workers import until
 
 from protos import mesh_pb2, mesh_pb2_grpc
@@ -54,12 +54,19 @@ async def test_a_silent_gateway_loses_its_lease() -> None:
 async def test_a_gateway_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("scheduler.gateways._MAX_UNREAD_BYTES", 20_000)
     numbers = count()
-    async with pretend_mesh() as mesh:
-        deaf, other = await mesh.gateway(1, reads=False), await mesh.gateway(2)
+    # A connection that holds little by itself before anybody notices.
+    narrow = (("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0))
+    async with (
+        pretend_mesh() as mesh,
+        grpc.aio.insecure_channel(mesh.address, options=narrow) as channel,
+    ):
+        deaf = await PretendGateway(channel).start(reads=False)
+        other = await mesh.gateway(2)
+        mesh.gateways.append(deaf)
         much = SamplingSpec(num_prompt_logprobs=0)
         async with asyncio.timeout(25):
             while (await mesh.status()).num_gateways == 2:
-                for _ in range(20):  # the connection itself holds some before anybody notices
+                for _ in range(5):
                     with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
                         await deaf.submit(next(numbers), prompt_of(1, 200), 1, spec=much)
         await other.submit(1, prompt_of(2, 12), 100)
