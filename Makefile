@@ -20,7 +20,7 @@ help:
 	@echo "make test        all tests; ARGS='-k sampling' chooses"
 	@echo "make check       ruff, mypy, import-linter"
 	@echo "make format      ruff format, and what ruff can fix"
-	@echo "make sim SEED=7  the simulator with one seed"
+	@echo "make sim SEED=7  one seed of the simulator; ARGS='--num-seeds 1000 --quiet': more"
 	@echo "make bench       how fast"
 	@echo "make protos      the stubs from the .proto files"
 	@echo "make clean       removes the environment and what was built"

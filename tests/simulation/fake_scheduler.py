@@ -59,11 +59,12 @@ class FakeScheduler(Process):
         self._heard_ns: dict[int, int] = {}
         self._wake_ns: int | None = None
         self._is_woken = False
-        self._frozen_ns = 0
 
     def wake(self) -> None:
         """Something was told to core or membership: a turn follows."""
-        self._is_woken = True
+        if not self._is_woken:
+            self._is_woken = True
+            self.clock.at(self.clock.now_ns, lambda: None)
 
     # ---- workers -------------------------------------------------------------------------------
 
@@ -151,14 +152,11 @@ class FakeScheduler(Process):
         if self.watch.step_done(result.pipeline_id, result.epoch, result.step, now_ns):
             self.membership.epochs.step_done(result.pipeline_id)
 
-    def freeze(self) -> None:
-        self._frozen_ns = self.clock.now_ns if not self.is_frozen else self._frozen_ns
-        super().freeze()
-
     def thaw(self) -> None:
         """Who was not heard meanwhile was not silent: the scheduler was deaf."""
-        stood_still_ns = self.clock.now_ns - self._frozen_ns
-        if self.is_frozen and stood_still_ns > _LEASE_NS // 2:
+        now_ns = self.clock.now_ns
+        stood_still_ns = now_ns - (now_ns if self.frozen_ns is None else self.frozen_ns)
+        if stood_still_ns > _LEASE_NS // 2:
             self.membership.was_deaf(stood_still_ns)
             self.watch.was_deaf(stood_still_ns)
             for incarnation in self._heard_ns:
@@ -180,7 +178,8 @@ class FakeScheduler(Process):
         for overdue in self.watch.overdue(now_ns):
             self.world.say(f"overdue {overdue}")
             self.membership.epochs.step_overdue(overdue, now_ns)
-        self.membership.tick(now_ns)
+        if self.membership.tick(now_ns):
+            self.wake()  # one thing leads to another
         for effect in self.membership.take_effects():
             self._apply(effect, now_ns)
         for pipeline_id in self.watch.idle(now_ns):
@@ -227,16 +226,20 @@ class FakeScheduler(Process):
                 self.core.suspend_pipeline(pipeline_id, now_ns)
                 self.watch.epoch_ended(pipeline_id)
             case ResumePipeline(facts, lost_stages):
+                self.world.met["resumed with a loss" if lost_stages else "resumed whole"] += 1
                 self.core.resume_pipeline(facts, lost_stages, now_ns)
                 self.watch.epoch_began(facts.pipeline_id, facts.epoch, now_ns)
             case FailOldestStep(pipeline_id, error):
+                self.world.met["given up"] += 1
                 self.core.fail_oldest_step(pipeline_id, error, now_ns)
             case RemovePipeline(pipeline_id):
+                self.world.met["removed"] += 1
                 self.core.remove_pipeline(pipeline_id, now_ns)
                 self.watch.pipeline_removed(pipeline_id)
             case DrainDone():
-                self.world.met["drains with a successor"] += bool(effect.successor_id)
-                self.world.met["drains without"] += not effect.successor_id
+                self.world.met["drained to a successor"] += bool(effect.successor_id)
+                self.world.met["drained to nobody"] += not effect.successor_id
+                self.world.met["drained with pages"] += effect.num_blocks_moved > 0
             case _:
                 raise AssertionError(f"an effect that is not known here: {effect}")
 

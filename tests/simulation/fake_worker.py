@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from simulation.clock import MS, S
+from simulation.clock import S
+from simulation.fake_control import ControlStream
 from simulation.fake_member import Member
 from simulation.fake_pages import give_pages
 from simulation.fake_stage import FakeStage
@@ -32,7 +33,6 @@ from stagemesh.plan import Epoch, Span
 if TYPE_CHECKING:
     from simulation.mesh_world import MeshWorld
 
-_HEARTBEAT_NS = S // 2
 _EARLY_HELLO_NS = 10 * S
 _PATIENCE_NS = 10 * S
 _AMPLE_BYTES = 10**12  # whatever it is told to load fits
@@ -51,7 +51,7 @@ class FakeWorker(Process):
         self.stage: FakeStage | None = None
         self.loaded: LoadedSpan | None = None
         self._loading: Span | None = None
-        self._control: End | None = None
+        self._control = ControlStream(self)
         self._term = 0
         self._latest: dict[str, Epoch] = {}
         self._member: Member | None = None
@@ -61,23 +61,29 @@ class FakeWorker(Process):
         self._salt = self.random.getrandbits(40)
 
     @property
+    def term(self) -> int:
+        """The highest that was followed."""
+        return self._term
+
+    @property
+    def stats(self) -> WorkerStats:
+        return WorkerStats(steps_queued=self.num_queued, available_memory_bytes=_AMPLE_BYTES)
+
+    @property
     def member(self) -> Member | None:
         return self._member
 
     # ---- the control stream --------------------------------------------------------------------
 
     def start(self) -> None:
-        self._dial()
-        self.after(_HEARTBEAT_NS, self._beat)
+        self._control.start()
 
     def say(self, word: Word) -> None:
-        if self._control is not None:
-            self._control.send(word)
+        self._control.say(word)
 
     def control_breaks(self) -> None:
         """Somewhere between the worker and the scheduler."""
-        if self._control is not None:
-            self._control.cut()
+        self._control.breaks()
 
     def drain(self) -> None:
         """SIGTERM: it serves on until it is released, or its patience ends."""
@@ -92,27 +98,7 @@ class FakeWorker(Process):
         self.die()
         self.world.worker_exited(self)
 
-    def _dial(self) -> None:
-        scheduler = self.world.scheduler
-        end = self.dial(scheduler, scheduler.accept_worker)
-        end.on_message = lambda message: self._obey(end, message)
-        end.on_closed = lambda: self._detached(end)
-        self._control = end
-        end.send(self._registration())
-
-    def _detached(self, end: End) -> None:
-        """The scheduler takes the worker for lost, so its epoch is over; what it holds it keeps."""
-        if self._control is end:
-            self._control = None
-            self.leave()
-            self.after(self.random.randint(20 * MS, 400 * MS), self._dial)
-
-    def _beat(self) -> None:
-        stats = WorkerStats(steps_queued=self.num_queued, available_memory_bytes=_AMPLE_BYTES)
-        self.say(lambda members, session, now_ns: members.heard(session, now_ns, stats))
-        self.after(_HEARTBEAT_NS, self._beat)
-
-    def _registration(self) -> Registration:
+    def registration(self) -> Registration:
         return Registration(
             worker_id=self.name,
             incarnation=self.incarnation,
@@ -127,14 +113,9 @@ class FakeWorker(Process):
 
     # ---- commands ------------------------------------------------------------------------------
 
-    def _obey(self, end: End, command: object) -> None:
-        if end is not self._control:
-            return
+    def obey(self, command: object) -> None:
         match command:
             case Welcome(term):
-                if term < self._term:
-                    end.close()
-                    self._detached(end)
                 self._follow_term(term)
             case Refused(reason):
                 raise AssertionError(f"worker {self.name} is refused: {reason}")
@@ -215,6 +196,10 @@ class FakeWorker(Process):
             what()
 
         self.clock.at(self._device_ready_ns, lambda: self.happens(done))
+
+    def hangs(self, duration_ns: int) -> None:
+        """The device does nothing for a while; the process goes on talking."""
+        self._device_ready_ns = max(self.clock.now_ns, self._device_ready_ns) + duration_ns
 
     def _follow_term(self, term: int) -> None:
         if term > self._term:

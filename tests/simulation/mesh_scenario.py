@@ -28,9 +28,8 @@ class WorkerShape:
     fixed_span: Span | None = None
 
 
-Kind = Literal[
-    "crash", "freeze", "slow", "control", "data", "silence", "fault", "drain", "move", "sigterm"
-]
+Harm = Literal["crash", "freeze", "slow", "hang", "fault", "control", "data", "silence", "usurp"]
+Kind = Harm | Literal["drain", "move", "sigterm"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +38,10 @@ class Fault:
 
     crash: it dies, and another incarnation starts afterwards. freeze: it stands still. slow: its
     steps take ten times as long. control: its control stream breaks. data: its outgoing data stream
-    breaks. silence: what it sends on gets lost. fault: its next step fails. drain: an operator has
-    it replaced, and starts another process afterwards. move: it hands its span over and stays.
-    sigterm: it asks to be replaced, and starts again.
+    breaks. silence: what it sends on gets lost. hang: its device stands still. fault: its next step
+    fails. drain: an operator has it replaced, and starts another process afterwards. move: it hands
+    its span over and stays. sigterm: it asks to be replaced, and starts again. usurp: the scheduler
+    freezes, another takes its place, and the old one thaws and lives on for a little.
     """
 
     at_ns: int
@@ -148,15 +148,16 @@ def _faults(random: Random, scenario: MeshScenario) -> Iterator[Fault]:
     for _ in range(random.choice((1, 4, 8, 16))):
         at_ns += round(random.expovariate(1) * random.choice((50 * MS, 500 * MS, 1500 * MS)))
         kind: Kind = random.choice(
-            ("crash", "crash", "freeze", "slow", "control", "data", "silence", *_GENTLE)
+            ("crash", "crash", "freeze", "slow", "hang", "control", "data", "silence", *_GENTLE)
         )
         for_ns = random.choice((10 * MS, 100 * MS, 500 * MS, 3 * S, 8 * S))
         yield Fault(at_ns, kind, random.choice(names), for_ns)
     if random.random() < 0.2:
         yield Fault(random.randrange(8 * S), "fault", random.choice(names))
     if random.random() < 0.25:
-        kind = random.choice(("crash", "freeze"))
-        yield Fault(random.randrange(8 * S), kind, SCHEDULER, random.randrange(4 * S))
+        kind = random.choice(("crash", "crash", "freeze", "freeze", "usurp"))
+        for_ns = random.randrange(20 * S if kind == "usurp" else 4 * S)
+        yield Fault(random.randrange(8 * S), kind, SCHEDULER, for_ns)
     if random.random() < 0.3:
         kind = random.choice(("crash", "crash", "freeze", "control"))
         who = gateway_name(random.randrange(scenario.num_gateways))

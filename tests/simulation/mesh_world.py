@@ -50,8 +50,9 @@ class MeshWorld:
         self.met: Counter[str] = Counter()
         self._check_integrity = check_integrity
         self._trace = trace
-        self._incarnations = count(1)
-        self.scheduler = FakeScheduler(self, term=1)
+        self._incarnations, self._terms = count(1), count(1)
+        self.schedulers: list[FakeScheduler] = []
+        self.scheduler = self._start_scheduler()
         self.gateways = {
             name: FakeGateway(self, name, next(self._incarnations))
             for name in map(gateway_name, range(self.scenario.num_gateways))
@@ -105,7 +106,8 @@ class MeshWorld:
         end_ns = self.scenario.end_ns
         for number in count():
             self.clock.step()
-            self.scheduler.turn()
+            for scheduler in self.schedulers:
+                scheduler.turn()
             if self._check_integrity and number % _EVENTS_PER_CHECK == 0:
                 self.scheduler.core.check_integrity()
             if self.clock.now_ns < end_ns:
@@ -162,6 +164,11 @@ class MeshWorld:
             case "freeze":
                 process.freeze()
                 self.clock.after(fault.for_ns, process.thaw)
+            case "usurp":
+                process.freeze()
+                self.scheduler = self._start_scheduler()
+                self.clock.after(fault.for_ns, process.thaw)
+                self.clock.after(fault.for_ns + 3 * S, process.die)
             case "control":
                 assert isinstance(process, FakeWorker | FakeGateway)
                 process.control_breaks()
@@ -180,6 +187,8 @@ class MeshWorld:
             case "slow":
                 worker.slow = 10
                 self.clock.after(fault.for_ns, lambda: setattr(worker, "slow", 1))
+            case "hang":
+                worker.hangs(fault.for_ns)
             case "fault":
                 worker.num_faults += 1
             case "drain" | "move":
@@ -212,12 +221,19 @@ class MeshWorld:
             return self.scheduler
         return self.workers[who] if who in self.workers else self.gateways[who]
 
+    def _start_scheduler(self) -> FakeScheduler:
+        """Each has a higher term than those before."""
+        self.schedulers = [each for each in self.schedulers if each.is_alive]
+        scheduler = FakeScheduler(self, next(self._terms))
+        self.schedulers.append(scheduler)
+        return scheduler
+
     def _restart(self, who: str) -> None:
         if self._process(who).is_alive:
             return
         self.say(f"again  {who}")
         if who == SCHEDULER:
-            self.scheduler = FakeScheduler(self, self.scheduler.term + 1)
+            self.scheduler = self._start_scheduler()
         elif who in self.workers:
             worker = FakeWorker(self, self.workers[who].shape, next(self._incarnations))
             self.workers[who] = worker

@@ -22,18 +22,19 @@ class Process:
         self.name = name
         self.random = Random(f"{seed} {name}")
         self.is_alive = True
-        self._waiting: list[Callable[[], None]] | None = None  # while frozen
+        self.frozen_ns: int | None = None  # since when
+        self._waiting: list[Callable[[], None]] = []  # for it to thaw
         self._ends: list[End] = []
 
     @property
     def is_frozen(self) -> bool:
-        return self._waiting is not None
+        return self.frozen_ns is not None
 
     def happens(self, what: Callable[[], None]) -> None:
         """Something reaches the process, which acts on it when it can."""
         if not self.is_alive:
             return
-        if self._waiting is not None:
+        if self.is_frozen:
             self._waiting.append(what)
         else:
             what()
@@ -43,16 +44,18 @@ class Process:
         self.clock.after(delay_ns, lambda: self.happens(what))
 
     def freeze(self) -> None:
-        if self._waiting is None:
-            self._waiting = []
+        if not self.is_frozen:
+            self.frozen_ns = self.clock.now_ns
 
     def thaw(self) -> None:
-        waiting, self._waiting = self._waiting or [], None
+        waiting, self._waiting = self._waiting, []
+        self.frozen_ns = None
         for what in waiting:
             self.happens(what)
 
     def die(self) -> None:
-        self.is_alive, self._waiting = False, None
+        self.is_alive, self.frozen_ns = False, None
+        self._waiting.clear()
         for end in list(self._ends):
             end.close()
 

@@ -1,6 +1,6 @@
 """The real membership and core in a mesh where everything breaks, hundreds of seeds of it.
 
-`make sim SEED=n ARGS=--mesh` replays one.
+`make sim SEED=n ARGS='--world mesh'` shows one.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections import Counter
 
 import pytest
 from simulation.mesh_world import MeshWorld
+from simulation.seeds import check_seed
 
 NUM_SEEDS = 384
 SEEDS_PER_TEST = 32
@@ -18,7 +19,7 @@ SEEDS_PER_TEST = 32
 def test_no_fault_costs_a_token_or_a_request(first: int) -> None:
     for seed in range(first, first + SEEDS_PER_TEST):
         print(f"seed {seed}")
-        MeshWorld(seed).run()
+        check_seed(MeshWorld, seed)
 
 
 def test_a_mesh_of_a_seed_is_always_the_same() -> None:
