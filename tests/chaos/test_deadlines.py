@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import grpc
 import pytest
-from support.chaos import DEMO_MODEL, NUM_LASTING, WAITING, Meshes, loaded, watched
+from support.chaos import DEMO_MODEL, MANY, NUM_LASTING, WAITING, Meshes, loaded, watched
 
 from benchmarks.recovery.load import Ask, Load, Stream, Truth, asks
 from benchmarks.recovery.parts_mesh import MeshShape, PartsMesh
@@ -21,7 +21,7 @@ IMPATIENT = MeshShape(
     model=DEMO_MODEL,
     stages=2,
     scheduler_options=WAITING,
-    gateway_options=("--default-timeout", "4s"),
+    gateway_options=("--default-timeout", "2500ms"),
 )
 TAKING_OVER = MeshShape(
     model=DEMO_MODEL,
@@ -29,10 +29,11 @@ TAKING_OVER = MeshShape(
     scheduler_options=("--takeover-after", "1s"),
     may_be_recut=True,
 )
-ENDLESS = tuple(asks(6, 5, prompt_tokens=(5, 40), max_tokens=440))
+FEW = MANY[:12]
+ENDLESS = tuple(asks(4, 5, prompt_tokens=(5, 40), max_tokens=440))
 
 
-@pytest.mark.parametrize("timeout_s", [None, 3.0], ids=["the gateway's", "the client's"])
+@pytest.mark.parametrize("timeout_s", [None, 2.0], ids=["the gateway's", "the client's"])
 async def test_the_deadline_passes_while_no_replacement_comes(
     meshes: Meshes, truth: Truth, timeout_s: float | None
 ) -> None:
@@ -60,7 +61,7 @@ async def test_a_deadline_over_http(meshes: Meshes) -> None:
 
 
 async def test_the_others_take_the_layers_over(meshes: Meshes, truth: Truth) -> None:
-    async with watched(meshes.get(TAKING_OVER)) as mesh, loaded(mesh, truth) as load:
+    async with watched(meshes.get(TAKING_OVER)) as mesh, loaded(mesh, truth, FEW) as load:
         mesh.at(await mesh.status(), 1).kill()
         await mesh.until(lambda s: len(s.pipelines[0].worker_ids) == 2, "two stages")
         await load.until_more_tokens(NUM_LASTING)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.timeout(180)
 
 async def test_a_rolling_restart_with_a_spare(mesh: PartsMesh, truth: Truth) -> None:
     """SIGTERM to each in turn, the next when the last is back."""
-    async with loaded(mesh, truth, MANY[:16]) as load:
+    async with loaded(mesh, truth, MANY[:8]) as load:
         for worker in list(mesh.workers.values()):
             worker.terminate()
             assert await worker.wait_ended() == 0
@@ -28,7 +28,7 @@ async def test_a_rolling_restart_without_a_spare(mesh: PartsMesh, truth: Truth) 
     for spare in mesh.spares(await mesh.status()):
         spare.kill()
     await mesh.until_whole()
-    async with loaded(mesh, truth, MANY[:16]) as load:
+    async with loaded(mesh, truth, MANY[:8]) as load:
         for worker in [part for part in mesh.workers.values() if part.alive]:
             worker.terminate()
             assert await worker.wait_ended() == 0

@@ -1,6 +1,6 @@
 """Memory that runs out: a cgroup with a limit, and something in it that eats memory.
 
-The kernel then kills what it finds largest, which is the process under test: the eater is exempt.
+The kernel then kills the process under test, which stands first in its list of what to kill.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import pytest
 _ROOT = Path("/sys/fs/cgroup")
 _EAT = """
 import pathlib, sys, time
-pathlib.Path("/proc/self/oom_score_adj").write_text("-1000")
 pathlib.Path(sys.argv[1]).write_text("0")
 eaten = []
 while True:
@@ -34,6 +33,7 @@ class MemoryCage:
     path: Path
 
     def put_in(self, pid: int) -> None:
+        Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
         (self.path / "cgroup.procs").write_text(str(pid))
 
     def num_killed(self) -> int:
