@@ -109,7 +109,7 @@ class Member:
             self.fail(StepOutOfOrder(f"step {frame.step.step} where {self._next_step} is due"))
             return
         self._next_step += 1
-        duration_ns = self._worker.shape.compute_ns * (4 + frame.step.num_tokens) // 4
+        duration_ns = self._worker.shape.compute_ns * (8 + frame.step.num_tokens) // 8
         self._on_device(duration_ns, lambda: self._execute(frame))
 
     def _execute(self, frame: Frame) -> None:

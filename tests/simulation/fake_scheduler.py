@@ -249,6 +249,8 @@ class FakeScheduler(Process):
             return command
         in_use = self.core.blocks_in_use(command.pipeline_id)
         block_ids = tuple(block_id for block_id in in_use if block_id < command.num_blocks)
+        if pipeline := self.membership.pipeline(command.pipeline_id):
+            pipeline.handovers.num_blocks = len(block_ids)
         return replace(command, page_block_ids=block_ids)
 
     def _end_worker(self, session: int, error: StageMeshError | None) -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from simulation.arrivals import Arrival, draw_arrivals
 from simulation.clock import MS, S
+from simulation.pretend_model import NUM_LAYERS
 
 from scheduler.core import SchedulerLimits
 from scheduler.limits import MembershipLimits
@@ -29,14 +30,15 @@ class WorkerShape:
 
 
 Harm = Literal["crash", "freeze", "slow", "hang", "fault", "control", "data", "silence", "usurp"]
-Kind = Harm | Literal["drain", "move", "sigterm"]
+Kind = Harm | Literal["gone", "drain", "move", "sigterm"]
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
     """At `at_ns` something happens to the process `who`; it lasts `for_ns` where it lasts.
 
-    crash: it dies, and another incarnation starts afterwards. freeze: it stands still. slow: its
+    crash: it dies, and another incarnation starts afterwards. gone: it dies, and none does, unless
+    nobody else would be left. freeze: it stands still. slow: its
     steps take ten times as long. control: its control stream breaks. data: its outgoing data stream
     breaks. silence: what it sends on gets lost. hang: its device stands still. fault: its next step
     fails. drain: an operator has it replaced, and starts another process afterwards. move: it hands
@@ -83,7 +85,7 @@ def draw_mesh(random: Random) -> MeshScenario:
     num_replicas = random.choice((1, 1, 1, 2))
     num_workers = num_stages * num_replicas + random.choice((0, 1, 1, 2))
     membership = MembershipLimits(
-        num_stages=num_stages,
+        num_stages=num_stages if random.random() < 0.85 else 0,
         num_replicas=num_replicas,
         settle_ns=S,
         join_timeout_ns=5 * S,
@@ -93,7 +95,7 @@ def draw_mesh(random: Random) -> MeshScenario:
     calm = MeshScenario(
         limits=_limits(random),
         membership=membership,
-        workers=tuple(_worker(random, f"w{n}", min_blocks) for n in range(num_workers)),
+        workers=tuple(_workers(random, num_workers, num_stages, min_blocks)),
         arrivals=_arrivals(random, max_model_len),
         block_size=block_size,
         max_model_len=max_model_len,
@@ -112,6 +114,18 @@ def _limits(random: Random) -> SchedulerLimits:
     )
 
 
+def _workers(
+    random: Random, num_workers: int, num_stages: int, min_blocks: int
+) -> Iterator[WorkerShape]:
+    """Now and then an operator has said who holds which layers."""
+    bounds = [NUM_LAYERS * stage // num_stages for stage in range(num_stages + 1)]
+    is_fixed = random.random() < 0.1
+    for number in range(num_workers):
+        stage = number % num_stages
+        span = Span(bounds[stage], bounds[stage + 1]) if is_fixed else None
+        yield replace(_worker(random, f"w{number}", min_blocks), fixed_span=span)
+
+
 def _worker(random: Random, name: str, min_blocks: int) -> WorkerShape:
     """Each holds the longest request; a log may be shorter."""
     num_blocks = min_blocks * random.choice((1, 2, 3, 4)) + random.randrange(3)
@@ -120,7 +134,7 @@ def _worker(random: Random, name: str, min_blocks: int) -> WorkerShape:
         num_blocks,
         num_log_blocks=random.choice((num_blocks, num_blocks, num_blocks // 4, 0)),
         load_ns=random.randint(20 * MS, S),
-        compute_ns=random.choice((MS, 10 * MS, 30 * MS)) + random.randrange(MS),
+        compute_ns=random.choice((3 * MS, 20 * MS, 50 * MS)) + random.randrange(MS),
         start_ns=random.choice((0, random.randrange(2 * S))),
     )
 
@@ -154,7 +168,9 @@ def _faults(random: Random, scenario: MeshScenario) -> Iterator[Fault]:
         yield Fault(at_ns, kind, random.choice(names), for_ns)
     if random.random() < 0.2:
         yield Fault(random.randrange(8 * S), "fault", random.choice(names))
-    if random.random() < 0.25:
+    if random.random() < 0.15 and not any(worker.fixed_span for worker in scenario.workers):
+        yield Fault(random.randrange(10 * S), "gone", random.choice(names))
+    elif random.random() < 0.25:
         kind = random.choice(("crash", "crash", "freeze", "freeze", "usurp"))
         for_ns = random.randrange(20 * S if kind == "usurp" else 4 * S)
         yield Fault(random.randrange(8 * S), kind, SCHEDULER, for_ns)

@@ -48,6 +48,7 @@ class MeshWorld:
         self.clock = Clock()
         self.model = _model(self.scenario)
         self.met: Counter[str] = Counter()
+        self._gone: set[str] = set()
         self._check_integrity = check_integrity
         self._trace = trace
         self._incarnations, self._terms = count(1), count(1)
@@ -135,8 +136,8 @@ class MeshWorld:
         if not any(pipeline.is_serving for pipeline in self.scheduler.membership.pipelines):
             return "nothing serves"
         for worker in self.workers.values():
-            is_serving = worker.member is not None and not worker.member.ended
-            if is_serving and worker.stage is not None and worker.stage.num_held:
+            is_member = worker.is_alive and worker.member is not None and not worker.member.ended
+            if is_member and worker.stage is not None and worker.stage.num_held:
                 return f"{worker.name} holds sequences"
         return None
 
@@ -161,6 +162,11 @@ class MeshWorld:
                         _GATEWAY_GONE_NS, lambda: self._check_gone(scheduler, incarnation)
                     )
                 self.clock.after(_START_NS + fault.for_ns, lambda: self._restart(fault.who))
+            case "gone" if self._can_do_without(fault.who):
+                process.die()
+                self._gone.add(fault.who)
+            case "gone":
+                pass
             case "freeze":
                 process.freeze()
                 self.clock.after(fault.for_ns, process.thaw)
@@ -181,6 +187,13 @@ class MeshWorld:
         is_free = scheduler.is_alive and not scheduler.is_frozen
         if is_free and any(key.gateway == incarnation for key in scheduler.core._roster.live):
             raise Violation("requests of a gateway that died live on")
+
+    def _can_do_without(self, who: str) -> bool:
+        """Others are left, and the scheduler knows what has to be held: it takes over what has
+        served, and waits for who is missing to what has not."""
+        others = (each for each in self.workers.values() if each.name not in self._gone | {who})
+        has_served = any(each.has_served for each in self.scheduler.membership.pipelines)
+        return has_served and any(each.is_alive for each in others)
 
     def _strike_worker(self, worker: FakeWorker, fault: Fault) -> None:
         match fault.kind:
@@ -229,7 +242,7 @@ class MeshWorld:
         return scheduler
 
     def _restart(self, who: str) -> None:
-        if self._process(who).is_alive:
+        if self._process(who).is_alive or who in self._gone:
             return
         self.say(f"again  {who}")
         if who == SCHEDULER:

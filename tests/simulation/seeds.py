@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -29,9 +30,15 @@ def shrink_failure(
     seed: int, scenario: AnyScenario, error: Exception, max_runs: int = MAX_SHRINKING_RUNS
 ) -> AnyScenario:
     def fails(candidate: AnyScenario) -> bool:
-        return type(failure_of(seed, candidate)) is type(error)
+        found = failure_of(seed, candidate)
+        return found is not None and _kind(found) == _kind(error)
 
     return shrink(scenario, fails, max_runs)
+
+
+def _kind(error: Exception) -> tuple[object, ...]:
+    """What a failure is about, whatever its numbers are."""
+    return type(error), *sorted(set(re.findall("[a-z]{3,}", str(error))))
 
 
 def failure_of(seed: int, scenario: AnyScenario) -> Exception | None:

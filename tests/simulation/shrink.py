@@ -66,7 +66,8 @@ def _with_fewer(
 def _with_fewer_places(scenario: AnyScenario) -> Iterator[AnyScenario]:
     """Without one worker or pipeline, and what was to happen to it."""
     if isinstance(scenario, MeshScenario):
-        for worker in scenario.workers if len(scenario.workers) > 1 else ():
+        num_needed = scenario.membership.num_stages or 1
+        for worker in scenario.workers if len(scenario.workers) > num_needed else ():
             workers = tuple(each for each in scenario.workers if each is not worker)
             faults = tuple(fault for fault in scenario.faults if fault.who != worker.name)
             yield replace(scenario, workers=workers, faults=faults)
