@@ -8,8 +8,8 @@ import pytest
 from simulation.seeds import check_seed
 from simulation.world import World
 
-NUM_SEEDS = 768
-SEEDS_PER_TEST = 64
+NUM_SEEDS = 1536
+SEEDS_PER_TEST = 96
 
 
 @pytest.mark.parametrize("first", range(0, NUM_SEEDS, SEEDS_PER_TEST))
