@@ -27,7 +27,7 @@ from scheduler.messages import (
     ShutdownWorker,
 )
 from scheduler.workers import WorkerStats
-from stagemesh.errors import ProtocolError, StageMeshError, StaleEpoch
+from stagemesh.errors import ProtocolError, StageMeshError, StaleEpoch, StepTimeout
 from stagemesh.plan import Epoch, Span
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 _EARLY_HELLO_NS = 10 * S
 _PATIENCE_NS = 10 * S
+_WATCHDOG_NS = 4 * S
 _AMPLE_BYTES = 10**12  # whatever it is told to load fits
 
 
@@ -198,8 +199,16 @@ class FakeWorker(Process):
         self.clock.at(self._device_ready_ns, lambda: self.happens(done))
 
     def hangs(self, duration_ns: int) -> None:
-        """The device does nothing for a while; the process goes on talking."""
+        """The device does nothing for a while. The process goes on talking, and ends if it takes
+        too long: nothing else could end that."""
         self._device_ready_ns = max(self.clock.now_ns, self._device_ready_ns) + duration_ns
+        if duration_ns > _WATCHDOG_NS:
+            self.after(_WATCHDOG_NS, self._end_hard)
+
+    def _end_hard(self) -> None:
+        if self._member is not None:
+            self._member.fail(StepTimeout("the device hangs"))
+        self.exits()
 
     def _follow_term(self, term: int) -> None:
         if term > self._term:

@@ -139,4 +139,4 @@ def test_those_who_remain_take_the_layers_over() -> None:
 
 def test_a_device_that_hangs_is_noticed_though_its_process_talks() -> None:
     world = run(mesh(struck("hang", "w1", for_ns=30 * S), num_spares=1))
-    assert world.met["resumed whole"] + world.met["resumed with a loss"] >= 1
+    assert world.met["resumed with a loss"] == 1
