@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from simulation.arrivals import Arrival
 from simulation.clock import MS
 from simulation.scenario import PipelineShape, Scenario
@@ -35,5 +37,5 @@ def shape(num_stages: int, num_blocks: int = 256, latency_ns: int = MS) -> Pipel
     )
 
 
-def mesh(*shapes: PipelineShape, arrivals: tuple[Arrival, ...], **limits: int) -> Scenario:
+def mesh(*shapes: PipelineShape, arrivals: tuple[Arrival, ...], **limits: Any) -> Scenario:
     return Scenario(SchedulerLimits(**limits), shapes, arrivals)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from random import Random
 
+from simulation.arrivals import Arrival
 from simulation.clock import MS, Clock, S
 from simulation.fake_gateway import FakeGateway
 from simulation.fake_scheduler import FakeScheduler
@@ -28,6 +30,7 @@ from stagemesh.plan import ModelSummary, Step
 # Time for everything to end once everybody is there for good.
 _PATIENCE_NS = 120 * S
 _EVENTS_PER_CHECK = 16
+_MAX_EVENTS_AT_ONCE = 10_000
 # A stream that breaks is noticed at once.
 _GATEWAY_GONE_NS = 100 * MS
 # No process starts sooner than that; longer than any message is under way.
@@ -97,16 +100,19 @@ class MeshWorld:
                 gateway.start()
             for arrival in self.scenario.arrivals:
                 name = gateway_name(arrival.request.key.gateway % self.scenario.num_gateways)
-                self.clock.at(arrival.at_ns, lambda name=name, a=arrival: self._arrives(name, a))
+                self.clock.at(arrival.at_ns, partial(self._arrives, name, arrival))
             for fault in self.scenario.faults:
-                self.clock.at(fault.at_ns, lambda fault=fault: self._strike(fault))
+                self.clock.at(fault.at_ns, partial(self._strike, fault))
             self._run_to_the_end()
         return self
 
     def _run_to_the_end(self) -> None:
-        end_ns = self.scenario.end_ns
+        end_ns, moved = self.scenario.end_ns, (0, 0)
         for number in count():
             self.clock.step()
+            moved = moved if self.clock.now_ns == moved[0] else (self.clock.now_ns, number)
+            if number - moved[1] > _MAX_EVENTS_AT_ONCE:
+                raise Violation("time stands still: one turn follows another for ever")
             for scheduler in self.schedulers:
                 scheduler.turn()
             if self._check_integrity and number % _EVENTS_PER_CHECK == 0:
@@ -143,9 +149,9 @@ class MeshWorld:
 
     # ---- clients and faults --------------------------------------------------------------------
 
-    def _arrives(self, name: str, arrival: object) -> None:
+    def _arrives(self, name: str, arrival: Arrival) -> None:
         gateway = self.gateways[name]
-        gateway.happens(lambda: gateway.open(arrival))  # type: ignore[arg-type]
+        gateway.happens(lambda: gateway.open(arrival))
 
     def _strike(self, fault: Fault) -> None:
         self.say(f"fault  {fault}")

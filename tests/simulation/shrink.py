@@ -110,7 +110,7 @@ def _simpler_arrivals(arrival: Arrival) -> Iterator[Arrival]:
     ):
         is_possible = change.get("prompt_token_ids", "some") and change.get("max_tokens", 1)
         if is_possible:
-            yield replace(arrival, request=replace(request, **change))  # type: ignore[arg-type]
+            yield replace(arrival, request=replace(request, **change))
 
 
 def _plainer(scenario: AnyScenario) -> Iterator[dict[str, object]]:
@@ -131,8 +131,8 @@ def _first_that_fails(
 
 
 def _default(field: Field[Any]) -> object:
-    has_factory = field.default_factory is not MISSING
-    return field.default_factory() if has_factory else field.default  # type: ignore[misc]
+    make = field.default_factory
+    return field.default if make is MISSING else make()
 
 
 def literal(value: Any, indent: str = "") -> str:

@@ -93,8 +93,9 @@ def test_killed_again_while_it_is_rebuilt() -> None:
 
 
 def test_a_stream_that_hiccups_costs_no_kv() -> None:
-    for kind in ("control", "data"):
-        world = run(mesh(struck(kind, "w1")))  # type: ignore[arg-type]
+    kinds: tuple[Kind, ...] = ("control", "data")
+    for kind in kinds:
+        world = run(mesh(struck(kind, "w1")))
         assert world.met["resumed whole"] == 1
         assert world.met["resumed with a loss"] == 0
 

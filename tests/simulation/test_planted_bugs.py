@@ -9,7 +9,7 @@ from simulation.fake_stage import BrokenPlan
 from simulation.oracle import Violation
 from simulation.planting import caught
 
-from scheduler.core import batch, prefix, scheduler
+from scheduler.core import batch, prefix, results, scheduler
 from scheduler.core.blocks import BlockPool
 from scheduler.core.pipeline import Pipeline, RowInFlight
 from scheduler.core.scheduler import SchedulerCore
@@ -75,7 +75,7 @@ def test_a_result_of_an_older_run_that_is_taken(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_result_of_an_older_epoch_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    match_result = scheduler.match_result
+    match_result = results.match_result
 
     def match_any_epoch(pipeline: Pipeline, result: StepResult) -> object:
         as_if = StepResult(result.pipeline_id, pipeline.epoch, result.step, result.rows)

@@ -10,7 +10,7 @@ from simulation.fake_stage import BrokenPlan, FakeStage
 from simulation.oracle import Violation
 from simulation.planting import caught
 
-from scheduler.core import PipelineFacts, SchedulerCore
+from scheduler.core import PipelineFacts, SchedulerCore, Tokens
 from scheduler.core.batch import Batch
 from scheduler.core.blocks import BlockPool
 from scheduler.core.lacks import Lacks
@@ -41,7 +41,7 @@ def _with_rebuild_rows_changed(monkeypatch: pytest.MonkeyPatch, change: object) 
     def changed(self: Batch, part: object) -> Row:
         made = row(self, part)  # type: ignore[arg-type]
         is_rebuild = part.rebuild is not None  # type: ignore[attr-defined]
-        return change(made) if is_rebuild else made  # type: ignore[operator, no-any-return]
+        return change(made) if is_rebuild else made  # type: ignore[operator]
 
     monkeypatch.setattr(Batch, "_row", changed)
 
@@ -176,8 +176,10 @@ def test_a_higher_attempt_that_appends_to_the_old_output(
 
     def deliver_after_the_old(self: Roster, sequence: Sequence, token: SampledToken) -> None:
         deliver(self, sequence, token)
+        told = self._events[-1]
+        assert isinstance(told, Tokens)
         num_old = len(sequence.request.output_token_ids)
-        self._events[-1] = replace(self._events[-1], index=self._events[-1].index + num_old)
+        self._events[-1] = replace(told, index=told.index + num_old)
 
     monkeypatch.setattr(Roster, "deliver", deliver_after_the_old)
     assert "is next" in str(caught())

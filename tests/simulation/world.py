@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from random import Random
 
 from simulation.arrivals import Arrival
@@ -102,15 +103,14 @@ class World:
     def _expect_faults(self) -> None:
         scenario, pipelines = self.scenario, list(self.pipelines.values())
         for broken in scenario.breaks:
-            self.clock.at(
-                broken.at_ns, lambda each=broken: pipelines[each.pipeline].break_epoch(each)
-            )
+            pipeline = pipelines[broken.pipeline]
+            self.clock.at(broken.at_ns, partial(pipeline.break_epoch, broken))
         for slow in scenario.slowness:
-            pipeline, stage = pipelines[slow.pipeline], slow.stage
-            self.clock.at(slow.at_ns, lambda p=pipeline, s=slow: p.slow.update({s.stage: s.factor}))
-            self.clock.at(slow.at_ns + slow.for_ns, lambda p=pipeline, s=stage: p.slow.pop(s, None))
+            slowed = pipelines[slow.pipeline].slow
+            self.clock.at(slow.at_ns, partial(slowed.update, {slow.stage: slow.factor}))
+            self.clock.at(slow.at_ns + slow.for_ns, partial(slowed.update, {slow.stage: 1}))
         for at_ns, gateway in scenario.gateway_deaths:
-            self.clock.at(at_ns, lambda gateway=gateway: self._gateway_dies(gateway))
+            self.clock.at(at_ns, partial(self._gateway_dies, gateway))
         self.clock.at(scenario.end_ns, self._end_faults)
 
     # ---- clients -------------------------------------------------------------------------------
