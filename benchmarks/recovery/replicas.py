@@ -46,7 +46,7 @@ class Timeline:
         pause_s = self.longest_pause_affected_s
         windows = {
             "before": (self.starts_s[0], 0.0),
-            "while it is broken": (0.0, pause_s),
+            "until the last went on": (0.0, pause_s),
             "after": (pause_s + BIN_S, self.starts_s[-1]),
         }
         lines = ["| pipeline | streams | longest pause ms | tokens/s " + " | ".join(windows) + " |"]
