@@ -11,7 +11,7 @@ import pytest
 from simulation.mesh_world import MeshWorld
 from simulation.seeds import check_seed
 
-NUM_SEEDS = 640
+NUM_SEEDS = 512
 SEEDS_PER_TEST = 32
 
 

@@ -8,7 +8,7 @@ import pytest
 from simulation.seeds import check_seed
 from simulation.world import World
 
-NUM_SEEDS = 1536
+NUM_SEEDS = 1248
 SEEDS_PER_TEST = 96
 
 
