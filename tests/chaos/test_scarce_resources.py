@@ -28,7 +28,7 @@ async def test_the_kernel_kills_a_worker_for_want_of_memory(mesh: PartsMesh, tru
             with cage.eater():
                 await until(lambda: not victim.alive, "the kernel to kill the worker")
             assert await victim.wait_ended() == -9
-            assert cage.num_killed() == 1
+            assert cage.num_killed() >= 1  # then maybe the eater
             await load.until_more_tokens(NUM_LASTING)
 
 
