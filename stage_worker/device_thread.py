@@ -42,15 +42,24 @@ class Outcome(Generic[T]):
         return self.value  # type: ignore[return-value]
 
 
+Limit = float | Callable[[], float] | None
+"""How long a job may run, in seconds; a callable is asked while it runs, by the event loop."""
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Work for the device. Whether it takes longer than `limit_s` is for others to watch."""
+    """Work for the device. Whether it takes longer than its limit is for others to watch."""
 
     work: Callable[[], Any]
     future: asyncio.Future[Outcome[Any]]
     submitted_ns: int
     name: str
-    limit_s: float | None
+    limit: Limit
+
+    @property
+    def limit_s(self) -> float | None:
+        """As it is known by now."""
+        return self.limit() if callable(self.limit) else self.limit
 
 
 class DeviceThread:
@@ -87,7 +96,7 @@ class DeviceThread:
         return self._stopping
 
     def submit(
-        self, work: Callable[[], T], *, name: str = "a job", limit_s: float | None = None
+        self, work: Callable[[], T], *, name: str = "a job", limit_s: Limit = None
     ) -> asyncio.Future[Outcome[T]]:
         """Queues `work`; the future never holds an exception. Raises QueueFull."""
         if self._jobs.qsize() >= MAX_QUEUED_JOBS:
@@ -97,7 +106,7 @@ class DeviceThread:
         return future
 
     async def run(
-        self, work: Callable[[], T], *, name: str = "a job", limit_s: float | None = None
+        self, work: Callable[[], T], *, name: str = "a job", limit_s: Limit = None
     ) -> T:
         """Waits for `work` to be done in its turn. Raises StageMeshError."""
         return (await self.submit(work, name=name, limit_s=limit_s)).unwrap()

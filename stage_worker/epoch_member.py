@@ -114,7 +114,8 @@ class EpochMember:
         outcome = self._device.submit(
             lambda: self._execute(message),
             name=f"step {step.step}",
-            limit_s=step_limit_s(cost, work, self._patience.step_timeout_s),
+            # Asked while it runs: steps that were queued before it have been learned from by then.
+            limit_s=lambda: step_limit_s(cost, work, self._patience.step_timeout_s),
         )
         self._executing.put_nowait((message, outcome))
 

@@ -44,8 +44,9 @@ async def watch(device: DeviceThread) -> StepTimeout:
             job, ran_s = device.running, 0.0
             continue
         ran_s += min(used_s, awake_s) if used_s > _MIN_USED_S else awake_s
-        if job is not None and job.limit_s is not None and ran_s > job.limit_s:
+        limit_s = job.limit_s if job is not None else None
+        if job is not None and limit_s is not None and ran_s > limit_s:
             return StepTimeout(
                 f"the device has been at work on {job.name} for {ran_s:.1f} s, of "
-                f"{job.limit_s:.1f} s that it may take"
+                f"{limit_s:.1f} s that it may take"
             )

@@ -96,6 +96,21 @@ async def test_a_job_that_hangs_is_found() -> None:
     assert await device.stop(10)
 
 
+async def test_a_limit_is_that_of_what_is_known_while_the_job_runs() -> None:
+    """Steps come in one after another: what the first of them took bounds those behind them."""
+    device, gate = DeviceThread(), threading.Event()
+    watching = asyncio.create_task(watch(device))
+    limits_s = [60.0]
+    device.submit(lambda: gate.wait(60), limit_s=lambda: limits_s[-1])
+    done, _ = await asyncio.wait([watching], timeout=0.3)
+    assert not done
+    limits_s.append(0.2)
+    async with asyncio.timeout(30):
+        assert "0.2 s" in str(await watching)
+    gate.set()
+    assert await device.stop(10)
+
+
 async def test_a_job_that_spins_is_found() -> None:
     device, gate = DeviceThread(), threading.Event()
     watching = asyncio.create_task(watch(device))
