@@ -264,7 +264,7 @@ class LoadSpan(_message.Message):
     def __init__(self, span: _Optional[_Union[LayerSpan, _Mapping]] = ...) -> None: ...
 
 class JoinEpoch(_message.Message):
-    __slots__ = ("pipeline_id", "epoch", "stage", "num_stages", "next_address", "num_blocks", "keep_kv", "pages")
+    __slots__ = ("pipeline_id", "epoch", "stage", "num_stages", "next_address", "num_blocks", "keep_kv", "pages", "from_end", "num_log_blocks")
     PIPELINE_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
@@ -273,6 +273,8 @@ class JoinEpoch(_message.Message):
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     KEEP_KV_FIELD_NUMBER: _ClassVar[int]
     PAGES_FIELD_NUMBER: _ClassVar[int]
+    FROM_END_FIELD_NUMBER: _ClassVar[int]
+    NUM_LOG_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     pipeline_id: str
     epoch: _plan_pb2.Epoch
     stage: int
@@ -281,7 +283,9 @@ class JoinEpoch(_message.Message):
     num_blocks: int
     keep_kv: bool
     pages: PageSource
-    def __init__(self, pipeline_id: _Optional[str] = ..., epoch: _Optional[_Union[_plan_pb2.Epoch, _Mapping]] = ..., stage: _Optional[int] = ..., num_stages: _Optional[int] = ..., next_address: _Optional[str] = ..., num_blocks: _Optional[int] = ..., keep_kv: bool = ..., pages: _Optional[_Union[PageSource, _Mapping]] = ...) -> None: ...
+    from_end: bool
+    num_log_blocks: int
+    def __init__(self, pipeline_id: _Optional[str] = ..., epoch: _Optional[_Union[_plan_pb2.Epoch, _Mapping]] = ..., stage: _Optional[int] = ..., num_stages: _Optional[int] = ..., next_address: _Optional[str] = ..., num_blocks: _Optional[int] = ..., keep_kv: bool = ..., pages: _Optional[_Union[PageSource, _Mapping]] = ..., from_end: bool = ..., num_log_blocks: _Optional[int] = ...) -> None: ...
 
 class PageSource(_message.Message):
     __slots__ = ("address", "block_ids")

@@ -105,9 +105,7 @@ class DeviceThread:
         self._jobs.put(Job(work, future, time.perf_counter_ns(), name, limit_s))
         return future
 
-    async def run(
-        self, work: Callable[[], T], *, name: str = "a job", limit_s: Limit = None
-    ) -> T:
+    async def run(self, work: Callable[[], T], *, name: str = "a job", limit_s: Limit = None) -> T:
         """Waits for `work` to be done in its turn. Raises StageMeshError."""
         return (await self.submit(work, name=name, limit_s=limit_s)).unwrap()
 
