@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from stage_worker.device_thread import DeviceThread, Outcome, as_mesh_error
+from stage_worker.kv_claims import KvClaim
 from stage_worker.page_fetch import fetch_into
 from stage_worker.place import EpochReports, Patience, Place
-from stage_worker.span_holder import HeldSpan
 from stage_worker.stats import Stats
 from stage_worker.watchdog import FIRST_STEP_LIMIT_S, step_limit_s
 from stagemesh.errors import (
@@ -47,7 +47,7 @@ class EpochMember:
     def __init__(
         self,
         place: Place,
-        held: HeldSpan,
+        claim: KvClaim,
         device: DeviceThread,
         stats: Stats,
         own_address: str,
@@ -56,7 +56,8 @@ class EpochMember:
         patience: Patience,
     ) -> None:
         self.place = place
-        self.held = held
+        self.claim = claim
+        self.held = claim.held
         self.accepting = False
         self.has_incoming = False
         self.joined = False
@@ -98,7 +99,7 @@ class EpochMember:
         if not isinstance(message, StepFrame):
             raise ProtocolError("a result was sent to a stage")
         step = message.step
-        if (step.pipeline_id, step.epoch) != (self.place.pipeline_id, self.place.epoch):
+        if (step.pipeline_id, step.epoch) != self.place.key:
             raise StaleEpoch(f"a step of {step.epoch} came by a stream of {self.place.epoch}")
         if step.step != self._next_step:
             self.fail(StepOutOfOrder(f"step {step.step} came, {self._next_step} was due"))
@@ -113,7 +114,7 @@ class EpochMember:
         work = cost.work_of(step, self.place.stage)
         outcome = self._device.submit(
             lambda: self._execute(message),
-            name=f"step {step.step}",
+            name=f"step {step.step} of {step.pipeline_id}",
             # Asked while it runs: steps that were queued before it have been learned from by then.
             limit_s=lambda: step_limit_s(cost, work, self._patience.step_timeout_s),
         )
@@ -144,7 +145,7 @@ class EpochMember:
                 group.create_task(self._watch(stream))
                 timeout_s = self._patience.ping_timeout_s
                 has_pages = await fetch_into(
-                    self.held, self.place, self._device, self._stats, timeout_s
+                    self.claim, self.place, self._device, self._stats, timeout_s
                 )
                 self.joined = True
                 self._reports.joined(self.place, has_pages)
@@ -157,9 +158,10 @@ class EpochMember:
         try:
             await self._device.run(
                 lambda: executor.join(
+                    pipeline_id=place.pipeline_id,
                     stage=place.stage,
                     num_stages=place.num_stages,
-                    num_blocks=place.num_blocks,
+                    blocks=self.claim.blocks,
                     keep_kv=place.keep_kv,
                 ),
                 name="a join",

@@ -8,8 +8,8 @@ import functools
 import structlog
 
 from stage_worker.device_thread import DeviceThread
+from stage_worker.kv_claims import KvClaim
 from stage_worker.place import Place
-from stage_worker.span_holder import HeldSpan
 from stage_worker.stats import Stats
 from stage_worker.watchdog import FIRST_STEP_LIMIT_S
 from stagemesh.errors import PeerLost, StageMeshError
@@ -20,7 +20,7 @@ log = structlog.get_logger()
 
 
 async def fetch_into(
-    held: HeldSpan, place: Place, device: DeviceThread, stats: Stats, ping_timeout_s: float
+    claim: KvClaim, place: Place, device: DeviceThread, stats: Stats, ping_timeout_s: float
 ) -> bool:
     """Whether the place named pages and all of them came, and are where they belong.
 
@@ -29,13 +29,14 @@ async def fetch_into(
     origin = place.pages
     if origin is None:
         return False
+    held = claim.held
     request = PagesRequest(place.pipeline_id, place.epoch, held.span, origin.block_ids)
     missing = set(origin.block_ids)
     try:
         batches = fetch_pages(origin.address, request, ping_timeout_s=ping_timeout_s)
         async with contextlib.aclosing(batches):
             async for batch in batches:
-                write = functools.partial(held.executor.pages.write, batch)
+                write = functools.partial(held.executor.pages.write, batch, claim.blocks)
                 await device.run(write, name="pages", limit_s=FIRST_STEP_LIMIT_S)
                 stats.blocks_received += len(batch.block_ids)
                 missing.difference_update(batch.block_ids)
