@@ -26,6 +26,7 @@ from stagemesh.errors import (
     StaleEpoch,
     StepOutOfOrder,
 )
+from stagemesh.page_frames import PageBatch
 from stagemesh.plan import HopTiming, StepResult
 from stagemesh.transport import Hello, Message, PushStream, StepFrame, open_push_stream
 
@@ -143,9 +144,13 @@ class EpochMember:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._watch(stream))
-                timeout_s = self._patience.ping_timeout_s
                 has_pages = await fetch_into(
-                    self.claim, self.place, self._device, self._stats, timeout_s
+                    self._write_pages,
+                    self.held.span,
+                    self.place,
+                    self._device,
+                    self._stats,
+                    self._patience.ping_timeout_s,
                 )
                 self.joined = True
                 self._reports.joined(self.place, has_pages)
@@ -212,6 +217,12 @@ class EpochMember:
         except BaseException:
             self._device_may_go_on = False
             raise
+
+    def _write_pages(self, batch: PageBatch) -> None:
+        """On the device thread. Once the epoch has ended the blocks may be another pipeline's."""
+        if not self._device_may_go_on:
+            raise StaleEpoch("the epoch ended before its pages could be written")
+        self.held.executor.pages.write(batch, self.claim.blocks)
 
     def _output(self, frame: StepFrame, outcome: Outcome[StageOutput]) -> Message:
         output = outcome.unwrap()

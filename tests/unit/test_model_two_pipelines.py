@@ -69,7 +69,10 @@ def test_blocks_from_the_end_are_written_there(both: tuple[Chain, Chain]) -> Non
     assert written(last.stages[1]) == ({7, 5, 0, 2}, set()), "the last stage has no log"
 
 
-def test_a_short_log_is_written_from_its_end(model: Path) -> None:
+@pytest.mark.parametrize(("num_log_blocks", "logged"), [(None, {1, 0}), (2, {1})])
+def test_a_short_log_is_written_from_its_end(
+    model: Path, num_log_blocks: int | None, logged: set[int]
+) -> None:
     num_bytes = 3 * BLOCK_SIZE * 64 * 4
     chain = Chain(
         model, 2, num_blocks=8, block_size_tokens=BLOCK_SIZE, max_log_memory_bytes=num_bytes
@@ -77,8 +80,10 @@ def test_a_short_log_is_written_from_its_end(model: Path) -> None:
     for stage in chain.stages:
         mark(stage)
     last = chain.beside("q", num_blocks=8)
-    last.execute([first_row(1, 3)])
-    assert written(last.stages[0]) == ({6, 4}, {1})
+    last.num_log_blocks = num_log_blocks
+    last.join(keep_kv=False)
+    last.execute([first_row(1, 2), dataclasses.replace(first_row(3, 5), sequence_id=2)])
+    assert written(last.stages[0]) == ({6, 5, 4, 2}, logged)
 
 
 def test_sequences_of_the_same_id_are_two(both: tuple[Chain, Chain]) -> None:
