@@ -140,9 +140,12 @@ async def worker(num_log_blocks: int = NUM_LOGGED) -> AsyncIterator[Worker]:
     server.server.add_generic_rpc_handlers((push_handlers(next_stage),))
     address = await server.start()
     reports = Reports()
-    async with asyncio.TaskGroup() as group:
-        membership = Membership(group, device, Stats(), reports, Patience())
-        yield Worker(membership, reports, next_stage, address, device, held_span(num_log_blocks))
-        membership.leave()
-    await server.stop(0)
-    assert await device.stop(TIMEOUT_S)
+    try:
+        async with asyncio.TaskGroup() as group:
+            membership = Membership(group, device, Stats(), reports, Patience())
+            held = held_span(num_log_blocks)
+            yield Worker(membership, reports, next_stage, address, device, held)
+            membership.leave()
+    finally:
+        await server.stop(0)
+        assert await device.stop(TIMEOUT_S)
