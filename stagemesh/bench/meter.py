@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import grpc.aio
 
 from stagemesh.bench.stage_usage import StageUsage, Status, has_caught_up, stage_usage, steady_pair
-from stagemesh.cli.client import get_status
-from stagemesh.rpc import error_from_rpc, make_channel
+from stagemesh.cli.client import connection, get_status
+from stagemesh.rpc import error_from_rpc
 
 # Workers report twice a second.
 LOOK_INTERVAL_S = 0.2
@@ -33,6 +33,11 @@ class Looks:
         pair = steady_pair(self.before, self.during, self.after)
         return stage_usage(self.before, self.after, pair)
 
+    def num_workers(self) -> int:
+        """Those that take part, spares not counted."""
+        assert self.after is not None
+        return len({name for pipeline in self.after.pipelines for name in pipeline.worker_ids})
+
     def lone_step_ms(self) -> float:
         """Compute of one recent step, over all stages: of decoding, where that came last."""
         assert self.after is not None
@@ -41,28 +46,19 @@ class Looks:
 
 
 class Meter:
-    """Of the mesh whose scheduler is at the other end of `channel`."""
+    """Of the mesh whose scheduler is at the other end of `channel`.
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    `first` is a look before any load: from there on it can tell how far the workers' reports lag.
+    """
+
+    def __init__(self, channel: grpc.aio.Channel, first: Status) -> None:
         self._channel = channel
-        self._first: Status | None = None
-
-    async def look(self) -> Status:
-        try:
-            return await get_status(self._channel)
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from None
-
-    async def num_workers(self) -> int:
-        """Those that take part, spares not counted."""
-        status = await self.look()
-        self._first = self._first or status
-        return len({name for pipeline in status.pipelines for name in pipeline.worker_ids})
+        self._first = first
 
     @asynccontextmanager
     async def watching(self) -> AsyncIterator[Looks]:
         """Looks while the block runs, and once more when the workers have told all of it."""
-        looks = Looks(await self._caught_up(self._first or await self.look()))
+        looks = Looks(await self._caught_up(self._first))
         watching = asyncio.create_task(self._watch(looks))
         try:
             yield looks
@@ -80,7 +76,7 @@ class Meter:
     async def _caught_up(self, since: Status) -> Status:
         give_up_s = time.monotonic() + CATCH_UP_S
         while True:
-            status = await self.look()
+            status = await _look(self._channel)
             if has_caught_up(since, status) or time.monotonic() > give_up_s:
                 return status
             await asyncio.sleep(LOOK_INTERVAL_S)
@@ -88,5 +84,13 @@ class Meter:
 
 @asynccontextmanager
 async def meter(scheduler: str) -> AsyncIterator[Meter]:
-    async with make_channel(scheduler) as channel:
-        yield Meter(channel)
+    """Raises PeerLost where no scheduler answers."""
+    async with connection(scheduler, "scheduler") as channel:
+        yield Meter(channel, await get_status(channel))
+
+
+async def _look(channel: grpc.aio.Channel) -> Status:
+    try:
+        return await get_status(channel)
+    except grpc.aio.AioRpcError as error:
+        raise error_from_rpc(error) from None

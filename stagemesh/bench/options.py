@@ -34,7 +34,7 @@ class TargetOptions:
     )
     api_key: str = option("none", help="of --url")
     model: Path | None = option(None, help="of own meshes: directory of the model [the demo model]")
-    stages: tuple[str, ...] = option(("2",), help="of own meshes: pipeline stages, such as 1,2,4")
+    stages: tuple[str, ...] = option((), help="of own meshes: pipeline stages, such as 1,2,4 [2]")
     threads: tuple[str, ...] = option(
         (), help="of own meshes: threads of each stage, such as 1,2 [the cores, shared out]"
     )
@@ -51,8 +51,10 @@ class TargetOptions:
                 split_address(getattr(self, name))
         if self.url and not self.url.startswith(("http://", "https://")):
             raise ConfigError(f"--url must begin with http:// or https://, not {self.url!r}")
-        if self.is_running and (self.up or self.model or self.threads):
-            raise ConfigError("--up, --model and --threads are of own meshes, not of a running one")
+        if self.is_running and (self.up or self.model or self.stages or self.threads):
+            raise ConfigError(
+                "--up, --model, --stages and --threads are of own meshes, not of a running one"
+            )
         if not self.is_running and self.scheduler:
             raise ConfigError("--scheduler is of a running mesh: --gateway or --url names it")
         whole_numbers("--stages", self.stages)
@@ -83,7 +85,7 @@ class TargetOptions:
         )
         return [
             replace(base, stages=stages, threads_per_stage=each)
-            for stages in whole_numbers("--stages", self.stages)
+            for stages in whole_numbers("--stages", self.stages) or (base.stages,)
             for each in threads
         ]
 
@@ -137,9 +139,7 @@ class LoadOptions:
         self.prompts()
         self.outputs()
         if self.trace is None and (self.max_requests is not None or self.length_scale != 1.0):
-            raise ConfigError(
-                "--max-requests and --length-scale are of a trace: name it by --trace"
-            )
+            raise ConfigError("--max-requests and --length-scale need a --trace")
         if self.trace is not None and (self.batch or self.rate):
             raise ConfigError("--trace has its own arrivals: no --batch or --rate beside it")
 

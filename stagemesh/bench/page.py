@@ -6,7 +6,7 @@ It needs nothing beside it: no script, no font, no file.
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 
 from stagemesh.bench.results import Results
@@ -30,7 +30,6 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; fon
 dt { color: #4c566a; } dd { margin: 0; overflow-wrap: anywhere; }
 """
 
-_TITLES = ("Throughput", "Latency", "Stages")
 _PLOTS = {
     "throughput.png": "Throughput against load",
     "latency.png": "Latency against load",
@@ -49,12 +48,6 @@ def page(results: Results, plots: Mapping[str, bytes]) -> str:
     objective = {key: value for key, value in results.objective.items() if value is not None}
     if objective:
         facts["objective"] = ", ".join(f"{key} ≤ {value:g}" for key, value in objective.items())
-    starts = [
-        f"{start.stages} stages x {start.threads} threads: {start.startup_s:.1f} s"
-        for start in results.starts
-    ]
-    if starts:
-        facts["start-up"] = "; ".join(starts)
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8"><title>stagemesh bench</title>',
@@ -64,7 +57,7 @@ def page(results: Results, plots: Mapping[str, bytes]) -> str:
         f'<p class="lead">{escape(results.model)}, {escape(str(results.machine["started"]))}</p>',
         *(_warning(text) for text in _warnings(results)),
         *(_figure(name, data) for name, data in plots.items()),
-        *_tables(tables(results.reports)),
+        *(f"<h2>{title}</h2>\n{_table(text)}" for title, text in tables(results).items()),
         "<h2>Measured on</h2>",
         _facts(facts),
         "</body></html>\n",
@@ -92,12 +85,6 @@ def _figure(name: str, data: bytes) -> str:
     title = _PLOTS.get(name, name)
     source = base64.b64encode(data).decode("ascii")
     return f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{source}">'
-
-
-def _tables(markdown: Sequence[str]) -> list[str]:
-    return [
-        f"<h2>{title}</h2>\n{_table(text)}" for title, text in zip(_TITLES, markdown, strict=False)
-    ]
 
 
 def _table(markdown: str) -> str:

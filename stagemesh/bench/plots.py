@@ -165,6 +165,7 @@ def _finish(axes: Any, kind: str, label: str) -> None:
     axes.set_ylabel(label)
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
+    axes.locator_params(axis="x", integer=kind in ("batch", "concurrency"))
     axes.grid(visible=True, color="#eceff4")
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:

@@ -152,7 +152,7 @@ class Sweep:
             outcome.samples,
             client_cpu_s=outcome.client_cpu_s,
             objective=self._objective,
-            mesh=await _mesh_view(target.meter, looks),
+            mesh=_mesh_view(looks),
             round_number=round_number,
         )
 
@@ -163,10 +163,10 @@ async def _driven(client: Client, run: Run, watch: Watch) -> Outcome:
     return await closed_loop(client, run.asks, int(run.setting.load.level), watch)
 
 
-async def _mesh_view(meter: Meter | None, looks: Looks | None) -> MeshView | None:
-    if meter is None or looks is None:
+def _mesh_view(looks: Looks | None) -> MeshView | None:
+    if looks is None:
         return None
-    return MeshView(looks.usage(), await meter.num_workers(), looks.lone_step_ms())
+    return MeshView(looks.usage(), looks.num_workers(), looks.lone_step_ms())
 
 
 def _warm_up(asks: Sequence[Ask], num: int, seed: str) -> list[Ask]:

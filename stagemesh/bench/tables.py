@@ -5,18 +5,25 @@ Rounds of one setting are one row, of medians.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 
 from stagemesh.bench.report import Report, Setting, by_setting, median_of
+from stagemesh.bench.results import MeshStart, Results
 from stagemesh.bench.summary import Spread
 
 Number = Callable[[Report], float | None]
 
 
-def tables(reports: Sequence[Report]) -> list[str]:
-    """Throughput, latency and, where a scheduler was asked, stages."""
-    made = [throughput(reports), latency(reports)]
-    return [*made, stages(reports)] if any(report.stages for report in reports) else made
+def tables(results: Results) -> dict[str, str]:
+    """By title; of own meshes and where a scheduler was asked, what there is to say of them."""
+    reports = results.reports
+    made = {"Throughput": throughput(reports), "Latency": latency(reports)}
+    if any(report.stages for report in reports):
+        made["Stages"] = stages(reports)
+    if results.starts:
+        made["Start-up"] = start_up(results.starts)
+    return made
 
 
 def throughput(reports: Sequence[Report]) -> str:
@@ -81,6 +88,18 @@ def stages(reports: Sequence[Report]) -> str:
     return _markdown(heads, rows)
 
 
+def start_up(starts: Sequence[MeshStart]) -> str:
+    """From the first process of a mesh until it served."""
+    found: dict[tuple[int, int], list[float]] = {}
+    for start in starts:
+        found.setdefault((start.stages, start.threads), []).append(start.startup_s)
+    rows = [
+        [str(stages), str(threads), f"{statistics.median(times_s):.1f}"]
+        for (stages, threads), times_s in found.items()
+    ]
+    return _markdown(["stages", "threads", "start-up s"], rows)
+
+
 def _table(reports: Sequence[Report], columns: Sequence[tuple[str, Number, str]]) -> str:
     """Without the columns that no row has anything in."""
     groups = by_setting(reports)
@@ -132,7 +151,7 @@ def _short(value: float) -> str:
 def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Padded, so that it can be read as it is."""
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    lines = [heads, ["-" * width for width in widths], *rows]
+    lines = [heads, [f"{'-' * (width - 1)}:" for width in widths], *rows]
     return "\n".join(
         f"| {' | '.join(f'{cell:>{width}}' for cell, width in zip(line, widths, strict=True))} |"
         for line in lines

@@ -117,6 +117,8 @@ class _Bench:
     @asynccontextmanager
     async def _connected(self, gateway: str, scheduler: str) -> AsyncIterator[Target]:
         async with AsyncExitStack() as stack:
+            # First: what it sees before anything is sent is what it counts from.
+            asked = await stack.enter_async_context(meter(scheduler)) if scheduler else None
             client: Client
             if gateway:
                 client = await stack.enter_async_context(
@@ -128,9 +130,6 @@ class _Bench:
                 )
             else:
                 client = await stack.enter_async_context(self._http_client())
-            asked = await stack.enter_async_context(meter(scheduler)) if scheduler else None
-            if asked is not None:
-                await asked.num_workers()
             yield Target(client, asked)
 
     def _http_client(self) -> AbstractAsyncContextManager[HttpClient]:
@@ -153,8 +152,8 @@ class _Bench:
         if self._output.json:
             print(results.as_json(), end="")
             return
-        for table in tables(results.reports):
-            print(f"\n{table}")
+        for title, table in tables(results).items():
+            print(f"\n{title}\n\n{table}")
         if out is not None:
             print(f"\nwritten to {out}")
 
