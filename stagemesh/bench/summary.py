@@ -103,15 +103,19 @@ def full_rate(samples: Sequence[Sample], concurrency: int) -> float | None:
     return tokens_between(samples, *span) / (span[1] - span[0])
 
 
-def decode_rate(samples: Sequence[Sample]) -> float | None:
-    """Output tokens a second while all requests of a batch had their first token and none its last.
+def decode_span_s(samples: Sequence[Sample]) -> tuple[float, float] | None:
+    """When all requests of a batch had their first token and none its last.
 
-    None where that was never so, or for one message only.
+    None where that was never so, or where one has but one message.
     """
     if not samples or not all(len(sample.deliveries) > 1 for sample in samples):
         return None
     start_s = max(sample.deliveries[0][0] for sample in samples)
     end_s = min(sample.deliveries[-1][0] for sample in samples)
-    if end_s <= start_s:
-        return None
-    return tokens_between(samples, start_s, end_s) / (end_s - start_s)
+    return (start_s, end_s) if end_s > start_s else None
+
+
+def decode_rate(samples: Sequence[Sample]) -> float | None:
+    """Output tokens a second in that time."""
+    span = decode_span_s(samples)
+    return None if span is None else tokens_between(samples, *span) / (span[1] - span[0])
