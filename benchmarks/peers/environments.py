@@ -14,6 +14,9 @@ from benchmarks.peers.make_model import SIZES, make_model
 REPO = Path(__file__).resolve().parents[2]
 REQUIREMENTS = Path(__file__).parent / "requirements"
 OURS = "stagemesh"
+# optimum-intel asks for it, text needs none, and where torch is a build for the CPU the index has
+# only one for CUDA, which does not load beside it.
+_UNWANTED = {"openvino": ("torchvision",)}
 PEERS = ("transformers", "ctranslate2", "openvino", "llama_cpp")
 
 
@@ -57,8 +60,10 @@ class Environments:
         print(f"making the environment of {peer}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
         install = [str(self.python(peer)), "-m", "pip", "install", "--quiet"]
-        # Tools of the build must not be newer than what the peer was released with.
         subprocess.run([*install, "-r", str(REQUIREMENTS / f"{peer}.txt")], check=True)
+        if unwanted := _UNWANTED.get(peer):
+            remove = [str(self.python(peer)), "-m", "pip", "uninstall", "--quiet", "-y"]
+            subprocess.run([*remove, *unwanted], check=True)
         stamp.write_text(_digest(wanted))
 
     def convert(self, peer: str, dtype: str) -> None:

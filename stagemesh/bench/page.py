@@ -13,7 +13,7 @@ from stagemesh.bench.results import Results
 from stagemesh.bench.tables import tables
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #2e3440; margin: 2rem auto; max-width: 1100px;
+body { font: 15px/1.5 system-ui, sans-serif; color: #2e3440; margin: 2rem auto; max-width: 1300px;
        padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin-bottom: 0; }
 h2 { font-size: 1.1rem; margin-top: 2rem; }

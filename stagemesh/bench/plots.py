@@ -67,17 +67,17 @@ def throughput(reports: Sequence[Report]) -> Figure:
 
 
 def latency(reports: Sequence[Report]) -> Figure:
-    """Time to the first token above, time per token below: p50 whole, p99 dashed."""
+    """Time to the first token on the left, time per token on the right: p50 whole, p99 dashed."""
     panels = _by_load_kind(reports)
-    figure, all_axes = _panels(len(panels), rows=2)
+    figure, all_axes = _panels(2, rows=len(panels))
     for index, (kind, found) in enumerate(panels.items()):
-        upper, lower = all_axes[index], all_axes[len(panels) + index]
-        _lines(upper, found, lambda r: r.ttft_ms.p50 if r.ttft_ms else None, " p50")
-        _lines(upper, found, lambda r: r.ttft_ms.p99 if r.ttft_ms else None, " p99", dashed=True)
-        _finish(upper, kind, "time to first token, ms")
-        _lines(lower, found, lambda r: r.tpot_ms.p50 if r.tpot_ms else None, " p50")
-        _lines(lower, found, lambda r: r.tpot_ms.p99 if r.tpot_ms else None, " p99", dashed=True)
-        _finish(lower, kind, "time per output token, ms")
+        left, right = all_axes[2 * index : 2 * index + 2]
+        _lines(left, found, lambda r: r.ttft_ms.p50 if r.ttft_ms else None, " p50")
+        _lines(left, found, lambda r: r.ttft_ms.p99 if r.ttft_ms else None, " p99", dashed=True)
+        _finish(left, kind, "time to first token, ms")
+        _lines(right, found, lambda r: r.tpot_ms.p50 if r.tpot_ms else None, " p50")
+        _lines(right, found, lambda r: r.tpot_ms.p99 if r.tpot_ms else None, " p99", dashed=True)
+        _finish(right, kind, "time per output token, ms")
     return figure
 
 
