@@ -154,10 +154,7 @@ def _lines(
 
 def _series_name(setting: Setting) -> str:
     lengths = f"{setting.prompt} → {setting.output}"
-    if setting.stages is None:
-        return lengths
-    stages = "1 stage" if setting.stages == 1 else f"{setting.stages} stages"
-    return f"{stages} x {setting.threads} threads, {lengths}"
+    return f"{setting.mesh}, {lengths}" if setting.mesh else lengths
 
 
 def _finish(axes: Any, kind: str, label: str) -> None:

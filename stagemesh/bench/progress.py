@@ -25,7 +25,7 @@ class ProgressView:
     def run(self, setting: Setting, num_requests: int) -> Iterator[Watch]:
         progress = Progress(
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=None),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TextColumn("{task.fields[speed]}", markup=False),
             TimeElapsedColumn(),
@@ -71,6 +71,7 @@ class _Bar:
 
     def on_sent(self) -> None:
         self._under_way += 1
+        self._show(0)
 
     def on_tokens(self, num: float) -> None:
         self._tokens += num
@@ -78,7 +79,10 @@ class _Bar:
     def on_ended(self, sample: Sample) -> None:
         self._under_way -= 1
         self._failed += sample.error is not None
+        self._show(1)
+
+    def _show(self, advance: int) -> None:
         passed_s = max(1e-3, time.monotonic() - self._start_s)
         failed = f", {self._failed} failed" if self._failed else ""
         speed = f"{self._under_way} under way, {self._tokens / passed_s:.0f} tokens/s{failed}"
-        self._progress.update(self._task, advance=1, speed=speed)
+        self._progress.update(self._task, advance=advance, speed=speed)

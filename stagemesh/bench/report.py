@@ -26,9 +26,20 @@ class Setting:
     stages: int | None = None
     threads: int | None = None
 
+    @property
+    def mesh(self) -> str:
+        """Such as "2 stages x 1 thread"; empty for a running server."""
+        if self.stages is None or self.threads is None:
+            return ""
+        return f"{_counted(self.stages, 'stage')} x {_counted(self.threads, 'thread')}"
+
     def __str__(self) -> str:
-        mesh = "" if self.stages is None else f"{self.stages} stages x {self.threads} threads, "
+        mesh = f"{self.mesh}, " if self.mesh else ""
         return f"{mesh}{self.load}, {self.prompt} -> {self.output} tokens"
+
+
+def _counted(num: int, what: str) -> str:
+    return f"{num} {what}" if num == 1 else f"{num} {what}s"
 
 
 @dataclass(frozen=True, slots=True)

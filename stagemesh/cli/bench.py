@@ -164,10 +164,9 @@ def _write_files(results: Results, output: OutputOptions) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_whole(out / "results.json", results.as_json())
-        if output.plots:
-            plots = draw_all(results.reports)
-            for name, data in plots.items():
-                (out / name).write_bytes(data)
-            write_whole(out / "report.html", page(results, plots))
+        plots = draw_all(results.reports) if output.plots else {}
+        for name, data in plots.items():
+            (out / name).write_bytes(data)
+        write_whole(out / "report.html", page(results, plots))
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written: {error}") from None
