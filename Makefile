@@ -23,7 +23,7 @@ help:
 	@echo "make check       ruff, mypy, import-linter"
 	@echo "make format      ruff format, and what ruff can fix"
 	@echo "make sim SEED=7  one seed of the simulator; ARGS='--num-seeds 1000 --quiet': more"
-	@echo "make bench       how fast"
+	@echo "make bench       how fast; ARGS='--stages 1,2 --batch 1,8 --out found' says what"
 	@echo "make protos      the stubs from the .proto files"
 	@echo "make clean       removes the environment and what was built"
 
@@ -70,7 +70,7 @@ sim: $(DEV)
 	$(BIN)/python tests/simulation/run.py $(SEED) $(ARGS)
 
 bench: $(DEV)
-	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/stagemesh bench $(ARGS)
 
 clean:
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
