@@ -139,6 +139,7 @@ class HopTiming:
     serialise_ns: int = 0
     idle_ns: int = 0
     received_bytes: int = 0
+    started_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)

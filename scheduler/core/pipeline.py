@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from scheduler.core.blocks import BlockName, BlockPool
 from scheduler.core.lacks import Lacks, RebuildPart
-from scheduler.core.rates import MendTime, StepCost
+from scheduler.core.rates import MendTime, StepCost, Unscheduled
 from scheduler.core.sequence import Sequence
 from stagemesh.errors import ConfigError
 from stagemesh.plan import Epoch, HopTiming, Row, SequenceRun, Step
@@ -87,7 +87,9 @@ _NUM_RECENT_TIMINGS = 32
 
 
 class Pipeline:
-    def __init__(self, facts: PipelineFacts, max_steps_in_flight: int | None) -> None:
+    def __init__(
+        self, facts: PipelineFacts, max_steps_in_flight: int | None, now_ns: int
+    ) -> None:
         self.facts = facts
         self.epoch = facts.epoch
         self.max_steps_in_flight = max_steps_in_flight or facts.num_stages
@@ -102,6 +104,8 @@ class Pipeline:
         self.lacks = Lacks(facts.block_size_tokens, self._num_log_blocks())
         self.step_cost = StepCost()
         self.mend_time = MendTime()
+        self.unscheduled = Unscheduled()
+        self.unscheduled.began(now_ns)
         self.suspended_ns: int | None = None
         self.num_tokens_rebuilt = 0
 
@@ -170,6 +174,7 @@ class Pipeline:
 
     def send(self, rows: tuple[Row, ...], in_flight: tuple[RowInFlight, ...], now_ns: int) -> Step:
         self.lacks.commit()
+        self.unscheduled.ended(now_ns)
         forget = tuple(self.to_forget)
         self.to_forget.clear()
         step = Step(self.pipeline_id, self.epoch, self.next_step, rows, forget)
@@ -180,6 +185,8 @@ class Pipeline:
     def step_done(self, timings: tuple[HopTiming, ...], now_ns: int) -> None:
         """The oldest step in flight was answered: what it rebuilt is there."""
         step = self.in_flight.popleft()
+        if not self.in_flight:
+            self.unscheduled.began(now_ns)
         self.num_steps_done += 1
         rebuilt = [row.rebuild for row in step.rows if row.rebuild is not None]
         for part in rebuilt:
@@ -212,6 +219,7 @@ class Pipeline:
         What they were to forget is said again, since nobody knows which stages heard it.
         """
         self.suspended_ns = now_ns if self.suspended_ns is None else self.suspended_ns
+        self.unscheduled.ended(now_ns)
         self.to_forget[:0] = [run for step in self.in_flight for run in step.forget]
         self.in_flight.clear()
         self.lacks.undo()
@@ -239,6 +247,7 @@ class Pipeline:
         self.lacks.num_log_blocks = self._num_log_blocks()
         self.next_step = 0
         self.suspended_ns = None
+        self.unscheduled.began(now_ns)
         self.num_tokens_rebuilt = 0
         if lost_stages:
             self._lose(lost_stages)

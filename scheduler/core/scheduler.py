@@ -83,7 +83,8 @@ class SchedulerCore:
         """A pipeline serves from now on. Its id must be free."""
         assert facts.pipeline_id not in self._pipelines, f"{facts.pipeline_id} is there already"
         self._now_ns = now_ns
-        self._pipelines[facts.pipeline_id] = Pipeline(facts, self._limits.max_steps_in_flight)
+        pipeline = Pipeline(facts, self._limits.max_steps_in_flight, now_ns)
+        self._pipelines[facts.pipeline_id] = pipeline
         self._pipelines_changed()
 
     def remove_pipeline(self, pipeline_id: str, now_ns: int) -> None:
