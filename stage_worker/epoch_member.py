@@ -7,6 +7,7 @@ Whatever breaks ends the epoch here and is reported once; the scheduler decides 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,8 @@ class EpochMember:
         self._reports = reports
         self._on_accepting = on_accepting
         self._patience = patience
+        self._seat = stats.occupancy.join()
+        self._began_ns = time.perf_counter_ns()
         self._next_step = 0
         self._executing: asyncio.Queue[tuple[StepFrame, asyncio.Future[Outcome[StageOutput]]]]
         self._executing = asyncio.Queue(MAX_QUEUED_STEPS)
@@ -135,6 +138,7 @@ class EpochMember:
 
     def _end(self, error: StageMeshError) -> None:
         self._device_may_go_on = False
+        self._seat.leave()
         self._ended.set_result(error)
 
     async def _join_and_forward(self) -> None:
@@ -184,6 +188,7 @@ class EpochMember:
                 hello,
                 timeout_s=OPEN_TIMEOUT_S,
                 traffic=self._stats.traffic,
+                meter=self._seat,
                 ping_timeout_s=self._patience.ping_timeout_s,
             )
         except StageMeshError as error:
@@ -213,7 +218,8 @@ class EpochMember:
         if not self._device_may_go_on:
             raise StaleEpoch("the epoch ended before the step's turn came")
         try:
-            return self.held.executor.execute(frame.step, frame.payload, frame.dtype)
+            with self._seat.computing():
+                return self.held.executor.execute(frame.step, frame.payload, frame.dtype)
         except BaseException:
             self._device_may_go_on = False
             raise
@@ -234,6 +240,7 @@ class EpochMember:
             compute_ns=outcome.run_ns,
             idle_ns=outcome.idle_ns,
             received_bytes=len(frame.payload),
+            started_ns=max(0, outcome.start_ns - self._began_ns),
         )
         self.held.cost.observe(self.held.cost.work_of(step, timing.stage), timing.compute_ns / 1e9)
         self._stats.count_step(len(step.rows), step.num_tokens, timing)
