@@ -96,6 +96,8 @@ def command_to_proto(command: Command) -> mesh_pb2.WorkerCommand:
             next_address=command.next_address,
             num_blocks=command.num_blocks,
             keep_kv=command.keep_kv,
+            from_end=command.from_end,
+            num_log_blocks=command.num_log_blocks,
         )
         if command.pages_from:
             join.pages.address = command.pages_from

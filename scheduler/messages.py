@@ -69,6 +69,8 @@ class JoinEpoch:
     # Where pages are to be fetched, and which: those in use, as the driver fills in.
     pages_from: str = ""
     page_block_ids: tuple[int, ...] = ()
+    from_end: bool = False
+    num_log_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
