@@ -140,6 +140,7 @@ class Chain:
         device: str = "cpu",
         seed: int = 0,
         max_log_memory_bytes: int | None = None,
+        wire_dtype: str = "auto",
     ) -> None:
         num_layers = ModelSpec.from_directory(model_dir).num_layers
         self.block_size_tokens, self.num_blocks = block_size_tokens, num_blocks
@@ -154,6 +155,7 @@ class Chain:
                 max_kv_memory_bytes=None,
                 num_blocks=num_blocks,
                 max_log_memory_bytes=max_log_memory_bytes,
+                wire_dtype=wire_dtype,
             )
             for span in even_spans(num_layers, num_stages)
         ]
