@@ -90,7 +90,11 @@ def _check_same_structure(first: Registration, worker: Registration) -> None:
 
 def _check_same_numerics(first: Registration, worker: Registration) -> None:
     """A pipeline's numbers must not depend on which worker holds a stage."""
-    for name, option in (("dtype", "--dtype"), ("batch_invariant", "--batch-invariant")):
+    for name, option in (
+        ("dtype", "--dtype"),
+        ("wire_dtype", "--wire-dtype"),
+        ("batch_invariant", "--batch-invariant"),
+    ):
         ours, theirs = getattr(first, name), getattr(worker, name)
         if ours != theirs:
             raise ModelMismatch(

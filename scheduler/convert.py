@@ -54,6 +54,7 @@ def registration_from_proto(
         scheduler_address=scheduler_address,
         available_memory_bytes=message.available_memory_bytes,
         followed_term=message.followed_term,
+        wire_dtype=wire.dtype_from_proto(message.wire_dtype),
     )
 
 

@@ -48,6 +48,8 @@ class Registration:
     available_memory_bytes: int = 0
     # Of the latest scheduler that it followed; 0 for none.
     followed_term: int = 0
+    # In which type hidden states travel; "": in `dtype`.
+    wire_dtype: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from stage_worker.decoder import Decoder
 from stage_worker.kernels import choose_kernels
 from stage_worker.kv_cache import KvCache, LogCost, block_bytes, choose_num_blocks
 from stage_worker.memory import available_bytes, trim
+from stage_worker.payload import resolve_wire_dtype
 from stage_worker.weights import WeightLoader, span_bytes
 from stagemesh.errors import ConfigError, OutOfMemory
 from stagemesh.model_spec import ModelSpec
@@ -26,8 +27,9 @@ from stagemesh.plan import Span
 
 @dataclass(frozen=True, slots=True)
 class ExecutorConfig:
-    """`dtype` may be "auto". KV: `num_blocks` where given, else what fits the memory. The log has
-    as many blocks where `max_log_memory_bytes` is None and the host has room; 0 is for no log.
+    """`dtype` may be "auto", `wire_dtype` too: what is computed with. KV: `num_blocks` where given,
+    else what fits the memory. The log has as many blocks where `max_log_memory_bytes` is None and
+    the host has room; 0 is for no log.
     """
 
     model_dir: Path
@@ -39,6 +41,7 @@ class ExecutorConfig:
     max_kv_memory_bytes: int | None = None
     num_blocks: int | None = None
     max_log_memory_bytes: int | None = None
+    wire_dtype: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,7 @@ class LoadedStage:
     cache: KvCache
     log: BoundaryLog
     facts: ExecutorFacts
+    wire_dtype: str
 
 
 def resolve_dtype(dtype: str, spec: ModelSpec, device: torch.device) -> str:
@@ -122,7 +126,8 @@ def load_stage(config: ExecutorConfig, on_progress: Callable[[int, int], None]) 
     )
     windows = spec.layer_windows[config.span.start : config.span.end]
     decoder = Decoder(spec, windows, weights, cache, kernels, dtype)
-    return LoadedStage(spec, config.span, decoder, cache, log, facts)
+    wire_dtype = resolve_wire_dtype(config.wire_dtype, dtype)
+    return LoadedStage(spec, config.span, decoder, cache, log, facts, wire_dtype)
 
 
 class _Progress:

@@ -32,6 +32,12 @@ class WorkerOptions:
         help="of weights and arithmetic; auto: float32 on the cpu, else the files' own",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
+    wire_dtype: str = option(
+        "auto",
+        help="in which type hidden states travel; auto: in that of --dtype. All workers of a mesh "
+        "must say the same",
+        choices=("auto", "float32", "bfloat16", "int8"),
+    )
     batch_invariant: bool = option(
         False, help="a sequence's numbers do not depend on its batch (float32 on cpu)"
     )
@@ -75,6 +81,12 @@ class WorkerOptions:
                 raise ConfigError(f"--{name}: {error}") from None
         if self.layers is not None and not 0 <= self.layers.start < self.layers.end:
             raise ConfigError(f"--layers must be FIRST:END with FIRST < END, not {self.layers}")
+
+        if self.batch_invariant and self.wire_dtype not in ("auto", "float32"):
+            raise ConfigError(
+                f"--wire-dtype {self.wire_dtype} makes numbers depend on where the model is cut, "
+                "which --batch-invariant rules out"
+            )
 
     def resolved_dtype(self, stored_dtype: str) -> str:
         """bfloat16 and float16 arithmetic is slow on most CPUs: there "auto" is float32."""

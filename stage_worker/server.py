@@ -154,6 +154,7 @@ def _identity(
         device=options.device,
         dtype=dtype_to_proto(dtype),
         batch_invariant=options.batch_invariant,
+        wire_dtype=dtype_to_proto(dtype if options.wire_dtype == "auto" else options.wire_dtype),
         pid=os.getpid(),
         stagemesh_version=__version__,
         max_kv_memory_bytes=options.max_kv_memory_bytes or 0,

@@ -118,6 +118,7 @@ def _load(options: WorkerOptions, dtype: str, span: Span, on_progress: OnProgres
         max_kv_memory_bytes=options.max_kv_memory_bytes,
         num_blocks=options.num_blocks,
         max_log_memory_bytes=options.max_log_memory_bytes,
+        wire_dtype=options.wire_dtype,
     )
     executor = StageExecutor.load(config, on_progress)
     return HeldSpan(span, executor.facts, executor, StepCost(executor.spec, span))

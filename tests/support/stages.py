@@ -147,6 +147,7 @@ class Chain:
         seed: int = 0,
         max_log_memory_bytes: int | None = None,
         pipeline_id: str = "p",
+        wire_dtype: str = "auto",
     ) -> None:
         self.pipeline_id = pipeline_id
         num_layers = ModelSpec.from_directory(model_dir).num_layers
@@ -162,6 +163,7 @@ class Chain:
                 max_kv_memory_bytes=None,
                 num_blocks=num_blocks,
                 max_log_memory_bytes=max_log_memory_bytes,
+                wire_dtype=wire_dtype,
             )
             for span in even_spans(num_layers, num_stages)
         ]
