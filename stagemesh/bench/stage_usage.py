@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from protos import mesh_pb2
 
 Status = mesh_pb2.GetStatusResponse
+StatsPair = tuple[mesh_pb2.WorkerStats, mesh_pb2.WorkerStats]
 
 # Between two looks a worker must have counted this much time for its shares to mean something.
 MIN_COUNTED_NS = 10**9
@@ -46,15 +47,13 @@ def stage_usage(before: Status, after: Status, steady: tuple[Status, Status]) ->
 
     Counts are of [before, after]; shares of `steady`, two looks while the load was on.
     """
-    at_first, at_last = _workers(before), _workers(after)
-    steady_first, steady_last = map(_workers, steady)
     found = []
     for pipeline in after.pipelines:
         for stage, name in enumerate(pipeline.worker_ids):
-            workers = [by_name.get(name) for by_name in (at_first, at_last)]
-            looks = [by_name.get(name) for by_name in (steady_first, steady_last)]
-            if _is_same(workers) and _is_same(looks):
-                found.append(_usage(pipeline.pipeline_id, stage, workers, looks))
+            run = _stats_of(name, before, after)
+            loaded = _stats_of(name, *steady)
+            if run is not None and loaded is not None:
+                found.append(_usage(pipeline.pipeline_id, stage, name, run, loaded))
     return found
 
 
@@ -62,22 +61,23 @@ def _workers(status: Status) -> dict[str, mesh_pb2.WorkerStatus]:
     return {worker.worker_id: worker for worker in status.workers}
 
 
-def _is_same(workers: Sequence[mesh_pb2.WorkerStatus | None]) -> bool:
-    """A worker that was started again counts from 0."""
-    return len({worker.incarnation if worker else None for worker in workers}) == 1 and bool(
-        workers[0]
-    )
+def _stats_of(name: str, first: Status, last: Status) -> StatsPair | None:
+    """None where it was not there both times, or was started again meanwhile: it counts from 0."""
+    earlier, later = _workers(first).get(name), _workers(last).get(name)
+    if earlier is None or later is None or earlier.incarnation != later.incarnation:
+        return None
+    return earlier.stats, later.stats
 
 
-def _usage(pipeline: str, stage: int, workers: Sequence, looks: Sequence) -> StageUsage:  # type: ignore[type-arg]
-    first, last = workers[0].stats, workers[1].stats
+def _usage(pipeline: str, stage: int, worker: str, run: StatsPair, loaded: StatsPair) -> StageUsage:
+    first, last = run
     num_steps = last.steps_executed - first.steps_executed
     steps = max(1, num_steps)
     return StageUsage(
         pipeline=pipeline,
         stage=stage,
-        worker=workers[1].worker_id,
-        shares=_shares(looks[0].stats, looks[1].stats),
+        worker=worker,
+        shares=_shares(*loaded),
         num_steps=num_steps,
         rows_per_step=(last.rows_executed - first.rows_executed) / steps,
         compute_ms_per_step=(last.compute_ns - first.compute_ns) / steps / 1e6,
