@@ -40,7 +40,11 @@ class EngineProcess(AbstractContextManager["EngineProcess"]):
                 "HF_HUB_OFFLINE": "1",
             },
         )
-        self.loaded = self._answer()
+        try:
+            self.loaded = self._answer()
+        except EngineFailed:
+            self._close()
+            raise
 
     def measure(self, batch: int, prompt_tokens: int, new_tokens: int) -> Mapping[str, float]:
         asked = {"batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
@@ -63,6 +67,10 @@ class EngineProcess(AbstractContextManager["EngineProcess"]):
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        """No more is asked, which ends it."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.close()
@@ -110,6 +118,8 @@ def compare(peer: EngineProcess, ours: EngineProcess, wanted: Wanted) -> list[Me
                 if number == 0:
                     engine.measure(batch, wanted.prompt_tokens, 2)  # warm-up
                 timing = engine.measure(batch, wanted.prompt_tokens, wanted.new_tokens)
+                if not timing["decode_s"]:
+                    raise EngineFailed("there was no time in which all of the batch decoded")
                 values.append(timing["decode_tokens"] / timing["decode_s"])
         for engine, values in _in_turn(peer, ours, prefill, number):
             timing = engine.measure(1, wanted.prefill_tokens, 1)
