@@ -6,6 +6,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PROTOS := $(wildcard protos/*.proto)
 SEED ?= 0
+COMPUTING := tests/unit tests/simulation tests/equivalence
+RUNNING := tests/integration tests/chaos tests/compose
 
 # Made again when what they depend on has changed.
 RUNTIME := $(VENV)/.stagemesh-runtime
@@ -40,8 +42,14 @@ demo: $(RUNTIME)
 up: $(RUNTIME)
 	@$(BIN)/stagemesh up $(ARGS)
 
+# What only computes runs on all cores at once; what runs meshes has the machine to itself.
 test: $(DEV)
+ifeq ($(ARGS),)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal $(COMPUTING)
+	$(BIN)/python -m pytest $(RUNNING)
+else
 	$(BIN)/python -m pytest $(ARGS)
+endif
 
 check: $(DEV)
 	$(BIN)/ruff check .

@@ -91,13 +91,17 @@ class SchedulerOptions:
         None, help="longest prompt and output together; else what the model allows", minimum=2
     )
     prefix_cache: bool = option(True, help="requests share the KV of equal beginnings")
+    metrics_listen: str = option(
+        "", help="address at which Prometheus finds /metrics of the whole mesh; empty: none"
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
-        try:
-            split_address(self.listen)
-        except ConfigError as error:
-            raise ConfigError(f"--listen: {error}") from None
+        for flag, address in (("--listen", self.listen), ("--metrics-listen", self.metrics_listen)):
+            try:
+                split_address(address or self.listen)
+            except ConfigError as error:
+                raise ConfigError(f"{flag}: {error}") from None
         if self.lease_s < 2 * self.heartbeat_interval_s:
             raise ConfigError(
                 f"--lease must be at least twice --heartbeat-interval, "

@@ -46,6 +46,10 @@ class WorkerStats:
     sequences_held: int = 0
     available_memory_bytes: int = 0
     blocks_received: int = 0
+    busy_ns: int = 0
+    output_wait_ns: int = 0
+    serialise_ns: int = 0
+    input_wait_ns: int = 0
 
 
 @dataclass(slots=True)

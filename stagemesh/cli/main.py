@@ -21,6 +21,7 @@ COMMANDS = {
     "chat": ("stagemesh.cli.chat", "talk with the model"),
     "status": ("stagemesh.cli.status", "show workers, pipelines, queue and speed"),
     "bench": ("stagemesh.cli.bench", "measure how fast a server is"),
+    "trace": ("stagemesh.cli.trace", "record what stages do, as a file for Perfetto"),
     "drain": ("stagemesh.cli.drain", "hand the layers of a worker over and end it"),
     "health": ("stagemesh.cli.health", "ask one service whether it serves"),
     "gateway": ("stagemesh.cli.gateway", "run a gateway: text in, text out"),

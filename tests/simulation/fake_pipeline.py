@@ -15,7 +15,7 @@ from simulation.scenario import Break, PipelineShape, draw_break
 from simulation.stage_memory import StageMemory
 
 from scheduler.core import PipelineFacts
-from stagemesh.plan import Epoch, Step, StepResult
+from stagemesh.plan import Epoch, HopTiming, Step, StepResult
 
 if TYPE_CHECKING:
     from simulation.world import World
@@ -199,7 +199,16 @@ class FakePipeline:
         if stage + 1 < self.shape.num_stages:
             self._push(step, stage + 1, sent)
         else:
-            self._answer(StepResult(step.pipeline_id, step.epoch, step.step, rows))
+            timings = self._told_timings(step)
+            self._answer(StepResult(step.pipeline_id, step.epoch, step.step, rows, timings))
+
+    def _told_timings(self, step: Step) -> tuple[HopTiming, ...]:
+        """Costs of a kind that no device has: a plan may be bad for them, but never wrong."""
+        factor = 1 + (step.num_tokens * 7 + step.step) % 5
+        return tuple(
+            HopTiming(stage, compute_ns=factor * latency_ns)
+            for stage, latency_ns in enumerate(self.shape.latencies_ns)
+        )
 
     def _answer(self, result: StepResult) -> None:
         world, clock, random = self._world, self._world.clock, self.random

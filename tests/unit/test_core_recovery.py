@@ -196,9 +196,9 @@ def broken_beside_a_replica(num_prompt: int) -> tuple[SchedulerCore, Drive]:
     core.add_pipeline(three_stages(pipeline_id="q", **large), 0)
     for number in range(1, 7):
         core.submit(request(number, num_prompt=10 * number, max_tokens=1), drive.now_ns)
-        drive.plan()
-        drive.now_ns += 10 * number * S // 1000
-        drive.answer()
+        for step in drive.plan():
+            drive.now_ns += step.num_tokens * S // 1000
+            drive.answer()
     drive.finish()
     drive.now_ns = S
     core.resume_pipeline(three_stages(2, **large), (), drive.now_ns)
