@@ -9,7 +9,7 @@ import json
 import os
 import statistics
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -108,8 +108,16 @@ class Wanted:
     rounds: int
 
 
-def compare(peer: EngineProcess, ours: EngineProcess, wanted: Wanted) -> list[Measured]:
-    """Decoding at each batch size, and the prefill of one prompt; who begins changes by round."""
+def compare(
+    peer: EngineProcess,
+    ours: EngineProcess,
+    wanted: Wanted,
+    on_measured: Callable[[Measured], None] = lambda measured: None,
+) -> list[Measured]:
+    """Decoding at each batch size, and the prefill of one prompt; who begins changes by round.
+
+    `on_measured` is told whenever something was measured of both once more.
+    """
     found = [Measured(f"decode, batch {batch}") for batch in wanted.batches]
     prefill = Measured(f"prefill of {wanted.prefill_tokens}")
     for number in range(wanted.rounds):
@@ -121,9 +129,11 @@ def compare(peer: EngineProcess, ours: EngineProcess, wanted: Wanted) -> list[Me
                 if not timing["decode_s"]:
                     raise EngineFailed("there was no time in which all of the batch decoded")
                 values.append(timing["decode_tokens"] / timing["decode_s"])
+            on_measured(measured)
         for engine, values in _in_turn(peer, ours, prefill, number):
             timing = engine.measure(1, wanted.prefill_tokens, 1)
             values.append(wanted.prefill_tokens / timing["prefill_s"])
+        on_measured(prefill)
     return [*found, prefill]
 
 
