@@ -73,7 +73,7 @@ def _one(
     serve = environments.command(peer, "serve", *options, "--dtype", peer_dtype, "--out", out)
     ours = environments.command(OURS, "serve", *options, "--dtype", dtype)
     with EngineProcess(serve, args.threads) as theirs, EngineProcess(ours, args.threads) as mesh:
-        measured = compare(theirs, mesh, wanted)
+        measured = compare(theirs, mesh, wanted, _tell)
     print(_table(f"{peer} {peer_dtype}", f"stagemesh {dtype}", measured), flush=True)
     return [
         {
@@ -86,6 +86,11 @@ def _one(
         }
         for each in measured
     ]
+
+
+def _tell(measured: Measured) -> None:
+    peer, ours = measured.peer[-1], measured.ours[-1]
+    print(f"{measured.what}: {peer:.1f} and {ours:.1f} tokens/s", file=sys.stderr, flush=True)
 
 
 def _versions(environments: Environments, peer: str) -> dict[str, str]:

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 BATCHES = (1, 8, 32)
-DECODE_PROMPT_TOKENS = 16
-NEW_TOKENS = 16
+DECODE_PROMPT_TOKENS = 8
+NEW_TOKENS = 12
 PREFILL_TOKENS = 512
 
 

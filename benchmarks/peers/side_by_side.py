@@ -9,7 +9,7 @@ import json
 import os
 import statistics
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -40,7 +40,11 @@ class EngineProcess(AbstractContextManager["EngineProcess"]):
                 "HF_HUB_OFFLINE": "1",
             },
         )
-        self.loaded = self._answer()
+        try:
+            self.loaded = self._answer()
+        except EngineFailed:
+            self._close()
+            raise
 
     def measure(self, batch: int, prompt_tokens: int, new_tokens: int) -> Mapping[str, float]:
         asked = {"batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
@@ -63,6 +67,10 @@ class EngineProcess(AbstractContextManager["EngineProcess"]):
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        """No more is asked, which ends it."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.close()
@@ -100,8 +108,16 @@ class Wanted:
     rounds: int
 
 
-def compare(peer: EngineProcess, ours: EngineProcess, wanted: Wanted) -> list[Measured]:
-    """Decoding at each batch size, and the prefill of one prompt; who begins changes by round."""
+def compare(
+    peer: EngineProcess,
+    ours: EngineProcess,
+    wanted: Wanted,
+    on_measured: Callable[[Measured], None] = lambda measured: None,
+) -> list[Measured]:
+    """Decoding at each batch size, and the prefill of one prompt; who begins changes by round.
+
+    `on_measured` is told whenever something was measured of both once more.
+    """
     found = [Measured(f"decode, batch {batch}") for batch in wanted.batches]
     prefill = Measured(f"prefill of {wanted.prefill_tokens}")
     for number in range(wanted.rounds):
@@ -110,10 +126,14 @@ def compare(peer: EngineProcess, ours: EngineProcess, wanted: Wanted) -> list[Me
                 if number == 0:
                     engine.measure(batch, wanted.prompt_tokens, 2)  # warm-up
                 timing = engine.measure(batch, wanted.prompt_tokens, wanted.new_tokens)
+                if not timing["decode_s"]:
+                    raise EngineFailed("there was no time in which all of the batch decoded")
                 values.append(timing["decode_tokens"] / timing["decode_s"])
+            on_measured(measured)
         for engine, values in _in_turn(peer, ours, prefill, number):
             timing = engine.measure(1, wanted.prefill_tokens, 1)
             values.append(wanted.prefill_tokens / timing["prefill_s"])
+        on_measured(prefill)
     return [*found, prefill]
 
 

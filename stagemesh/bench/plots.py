@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#5e81ac", "#d08770", "#a3be8c", "#b48ead", "#ebcb8b", "#4c566a", "#88c0d0", "#bf616a")
-_STATE_COLOURS = {"compute": "#a3be8c", "idle": "#e5e9f0"}
+_STATE_COLOURS = {
+    "busy": "#a3be8c",
+    "serialise": "#5e81ac",
+    "output wait": "#d08770",
+    "input wait": "#ebcb8b",
+    "unscheduled": "#e5e9f0",
+}
 _AXES = {
     "batch": "requests at once",
     "concurrency": "requests under way",

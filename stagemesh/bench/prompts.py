@@ -69,6 +69,6 @@ def _random(ask: Ask, num: int, block_size: int, kinds: Sequence[T]) -> list[T]:
     for block in ask.blocks:
         if len(made) >= num:
             break
-        made += random.Random(f"block {block}").choices(kinds, k=block_size)
+        made += random.Random(f"{ask.salt} block {block}").choices(kinds, k=block_size)
     del made[num:]
     return made + random.Random(ask.seed).choices(kinds, k=num - len(made))

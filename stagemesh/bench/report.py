@@ -149,13 +149,13 @@ def make_report(
 
 def _with_mesh(report: Report, mesh: MeshView) -> Report:
     tokens = max(1, report.output_tokens)
-    busy = [stage.busy_share for stage in mesh.stages]
+    bubbles = [stage.bubble_share for stage in mesh.stages]
     return replace(
         report,
         num_workers=mesh.num_workers,
         tokens_per_s_per_worker=report.output_tokens_per_s / max(1, mesh.num_workers),
-        bubble_share=1 - sum(busy) / len(busy) if busy else None,
-        wire_bytes_per_token=_bytes_sent(mesh.stages) / tokens if busy else None,
+        bubble_share=sum(bubbles) / len(bubbles) if bubbles else None,
+        wire_bytes_per_token=_bytes_sent(mesh.stages) / tokens if bubbles else None,
         hop_ms=_hop_ms(report, mesh),
         stages=list(mesh.stages),
     )

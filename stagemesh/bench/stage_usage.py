@@ -6,12 +6,17 @@ of one moment, but not of the moment of the look.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from protos import mesh_pb2
 
 Status = mesh_pb2.GetStatusResponse
+StatsPair = tuple[mesh_pb2.WorkerStats, mesh_pb2.WorkerStats]
+
+# Waiting for input while no step was under way at all: nobody wanted anything, which is no bubble.
+UNSCHEDULED = "unscheduled"
 
 # Between two looks a worker must have counted this much time for its shares to mean something.
 MIN_COUNTED_NS = 10**9
@@ -33,12 +38,24 @@ class StageUsage:
 
     @property
     def busy_share(self) -> float:
-        return self.shares.get("compute", 0.0)
+        return self.shares.get("busy", 0.0)
+
+    @property
+    def bubble_share(self) -> float:
+        """What it had to wait for, or did beside computing, while steps were under way."""
+        return math.fsum(
+            share for state, share in self.shares.items() if state not in ("busy", UNSCHEDULED)
+        )
 
 
 def state_times_ns(stats: mesh_pb2.WorkerStats) -> dict[str, int]:
-    """What a worker's time went to since it started: the one place that knows the counters."""
-    return {"compute": stats.compute_ns, "idle": stats.idle_ns}
+    """What a worker's time in epochs went to since it started, which each moment is part of."""
+    return {
+        "busy": stats.busy_ns,
+        "serialise": stats.serialise_ns,
+        "output wait": stats.output_wait_ns,
+        "input wait": stats.input_wait_ns,
+    }
 
 
 def stage_usage(before: Status, after: Status, steady: tuple[Status, Status]) -> list[StageUsage]:
@@ -46,38 +63,51 @@ def stage_usage(before: Status, after: Status, steady: tuple[Status, Status]) ->
 
     Counts are of [before, after]; shares of `steady`, two looks while the load was on.
     """
-    at_first, at_last = _workers(before), _workers(after)
-    steady_first, steady_last = map(_workers, steady)
     found = []
     for pipeline in after.pipelines:
         for stage, name in enumerate(pipeline.worker_ids):
-            workers = [by_name.get(name) for by_name in (at_first, at_last)]
-            looks = [by_name.get(name) for by_name in (steady_first, steady_last)]
-            if _is_same(workers) and _is_same(looks):
-                found.append(_usage(pipeline.pipeline_id, stage, workers, looks))
+            run = _stats_of(name, before, after)
+            loaded = _stats_of(name, *steady)
+            if run is not None and loaded is not None:
+                shares = _shares(*loaded, _unscheduled_ns(pipeline.pipeline_id, *steady))
+                found.append(_usage(pipeline.pipeline_id, stage, name, run, shares))
     return found
+
+
+def _unscheduled_ns(pipeline_id: str, first: Status, last: Status) -> int:
+    """For how long nothing was under way in the pipeline, which its scheduler knows."""
+    times = [
+        pipeline.unscheduled_ns
+        for status in (first, last)
+        for pipeline in status.pipelines
+        if pipeline.pipeline_id == pipeline_id
+    ]
+    return times[1] - times[0] if len(times) == 2 else 0
 
 
 def _workers(status: Status) -> dict[str, mesh_pb2.WorkerStatus]:
     return {worker.worker_id: worker for worker in status.workers}
 
 
-def _is_same(workers: Sequence[mesh_pb2.WorkerStatus | None]) -> bool:
-    """A worker that was started again counts from 0."""
-    return len({worker.incarnation if worker else None for worker in workers}) == 1 and bool(
-        workers[0]
-    )
+def _stats_of(name: str, first: Status, last: Status) -> StatsPair | None:
+    """None where it was not there both times, or was started again meanwhile: it counts from 0."""
+    earlier, later = _workers(first).get(name), _workers(last).get(name)
+    if earlier is None or later is None or earlier.incarnation != later.incarnation:
+        return None
+    return earlier.stats, later.stats
 
 
-def _usage(pipeline: str, stage: int, workers: Sequence, looks: Sequence) -> StageUsage:  # type: ignore[type-arg]
-    first, last = workers[0].stats, workers[1].stats
+def _usage(
+    pipeline: str, stage: int, worker: str, run: StatsPair, shares: Mapping[str, float]
+) -> StageUsage:
+    first, last = run
     num_steps = last.steps_executed - first.steps_executed
     steps = max(1, num_steps)
     return StageUsage(
         pipeline=pipeline,
         stage=stage,
-        worker=workers[1].worker_id,
-        shares=_shares(looks[0].stats, looks[1].stats),
+        worker=worker,
+        shares=shares,
         num_steps=num_steps,
         rows_per_step=(last.rows_executed - first.rows_executed) / steps,
         compute_ms_per_step=(last.compute_ns - first.compute_ns) / steps / 1e6,
@@ -86,10 +116,14 @@ def _usage(pipeline: str, stage: int, workers: Sequence, looks: Sequence) -> Sta
     )
 
 
-def _shares(first: mesh_pb2.WorkerStats, last: mesh_pb2.WorkerStats) -> dict[str, float]:
+def _shares(
+    first: mesh_pb2.WorkerStats, last: mesh_pb2.WorkerStats, unscheduled_ns: int
+) -> dict[str, float]:
     start, end = state_times_ns(first), state_times_ns(last)
     times_ns = {state: end[state] - start[state] for state in end}
     total_ns = sum(times_ns.values())
+    times_ns[UNSCHEDULED] = max(0, min(unscheduled_ns, times_ns["input wait"]))
+    times_ns["input wait"] -= times_ns[UNSCHEDULED]
     return {state: ns / total_ns if total_ns else 0.0 for state, ns in times_ns.items()}
 
 

@@ -43,6 +43,8 @@ def read_trace(path: Path, max_entries: int | None = None) -> list[TraceEntry]:
     read = _json_entry if lines[0].lstrip().startswith("{") else _azure_entry
     rows = map(json.loads, lines) if read is _json_entry else csv.DictReader(lines)
     entries = _entries(path, rows, read, 1 if read is _json_entry else 2)
+    if not entries:
+        raise ConfigError(f"--trace {path} has no requests")
     entries.sort(key=lambda entry: entry.arrival_s)
     return entries[:max_entries]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from stagemesh.bench.traces import TraceEntry
@@ -73,8 +73,9 @@ class Lengths:
 class Ask:
     """One request to be made.
 
-    `seed` decides the prompt's content. Prompts that begin with the same `blocks`, each of
-    `block_tokens`, begin with the same tokens. `cancel_after_tokens`: the client leaves then.
+    `seed` decides the prompt's content. Prompts of one `salt` that begin with the same `blocks`,
+    each of `block_tokens`, begin with the same tokens. `cancel_after_tokens`: the client leaves
+    then.
     """
 
     prompt_tokens: int
@@ -82,6 +83,7 @@ class Ask:
     seed: int
     blocks: tuple[int, ...] = ()
     block_tokens: int = 0
+    salt: str = ""
     cancel_after_tokens: int | None = None
 
 
@@ -101,7 +103,7 @@ def trace_asks(
     rng = random.Random(seed)
     asks, arrivals_s = [], []
     for entry in entries:
-        ask = _scaled(entry, length_scale, rng.getrandbits(32))
+        ask = _scaled(entry, length_scale, rng.getrandbits(32), seed)
         if max_tokens and ask.prompt_tokens + ask.output_tokens > max_tokens:
             continue
         asks.append(ask)
@@ -109,13 +111,15 @@ def trace_asks(
     return asks, arrivals_s, len(entries) - len(asks)
 
 
-def _scaled(entry: TraceEntry, scale: float, seed: int) -> Ask:
+def _scaled(entry: TraceEntry, scale: float, seed: int, salt: str) -> Ask:
     return Ask(
         prompt_tokens=max(1, round(entry.prompt_tokens * scale)),
         output_tokens=max(1, round(entry.output_tokens * scale)),
         seed=seed,
         blocks=entry.blocks,
         block_tokens=max(1, round(entry.block_tokens * scale)) if entry.blocks else 0,
+        # Another run of the trace finds nothing of this one in a prefix cache.
+        salt=salt,
     )
 
 
@@ -128,8 +132,7 @@ def with_cancels(asks: Sequence[Ask], share: float, seed: str) -> list[Ask]:
 def _perhaps_cancelled(ask: Ask, share: float, rng: random.Random) -> Ask:
     if rng.random() >= share or ask.output_tokens < 2:
         return ask
-    after = rng.randrange(1, ask.output_tokens)
-    return Ask(ask.prompt_tokens, ask.output_tokens, ask.seed, ask.blocks, ask.block_tokens, after)
+    return replace(ask, cancel_after_tokens=rng.randrange(1, ask.output_tokens))
 
 
 def poisson_arrivals_s(rate_per_s: float, num: int, seed: str) -> list[float]:

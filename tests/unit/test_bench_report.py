@@ -41,7 +41,7 @@ def stage(number: int, busy: float, worker: str = "") -> StageUsage:
         pipeline="p0",
         stage=number,
         worker=worker or f"worker-{number}",
-        shares={"compute": busy, "idle": 1 - busy},
+        shares={"busy": busy, "input wait": 1 - busy},
         num_steps=10,
         rows_per_step=2.0,
         compute_ms_per_step=5.0,
@@ -144,7 +144,10 @@ def test_results_are_json() -> None:
     assert [each["setting"]["load"]["kind"] for each in read["reports"]] == [
         *("concurrency", "concurrency", "rate", "batch")
     ]
-    assert read["reports"][0]["stages"][0]["shares"] == {"compute": 0.9, "idle": pytest.approx(0.1)}
+    assert read["reports"][0]["stages"][0]["shares"] == {
+        "busy": 0.9,
+        "input wait": pytest.approx(0.1),
+    }
     assert read["reports"][0]["ttft_ms"]["p99"] > 0
 
 

@@ -11,35 +11,57 @@ SECOND_NS = 10**9
 
 
 def worker(
-    name: str, steps: int, compute_s: float = 0.0, idle_s: float = 0.0, incarnation: int = 1
+    name: str,
+    steps: int,
+    busy_s: float = 0.0,
+    waiting_s: float = 0.0,
+    serialise_s: float = 0.0,
+    incarnation: int = 1,
 ) -> mesh_pb2.WorkerStatus:
     stats = mesh_pb2.WorkerStats(
         steps_executed=steps,
         rows_executed=3 * steps,
-        compute_ns=round(compute_s * SECOND_NS),
-        idle_ns=round(idle_s * SECOND_NS),
+        compute_ns=round(busy_s * SECOND_NS),
+        busy_ns=round(busy_s * SECOND_NS),
+        input_wait_ns=round(waiting_s * SECOND_NS),
+        serialise_ns=round(serialise_s * SECOND_NS),
         bytes_sent=1000 * steps,
         messages_sent=steps,
     )
     return mesh_pb2.WorkerStatus(worker_id=name, incarnation=incarnation, stats=stats)
 
 
-def look(steps_done: int, *workers: mesh_pb2.WorkerStatus) -> mesh_pb2.GetStatusResponse:
+def look(
+    steps_done: int, *workers: mesh_pb2.WorkerStatus, unscheduled_s: float = 0.0
+) -> mesh_pb2.GetStatusResponse:
     """One pipeline of all the workers."""
     pipeline = mesh_pb2.PipelineStatus(
-        pipeline_id="p0", worker_ids=[each.worker_id for each in workers], steps_done=steps_done
+        pipeline_id="p0",
+        worker_ids=[each.worker_id for each in workers],
+        steps_done=steps_done,
+        unscheduled_ns=round(unscheduled_s * SECOND_NS),
     )
     return mesh_pb2.GetStatusResponse(workers=workers, pipelines=[pipeline])
 
 
 def test_shares_are_of_the_steady_time_and_counts_of_all() -> None:
     before = look(10, worker("a", 10), worker("b", 10))
+    # Of four seconds that a counted, nothing was under way for half a one.
     first = look(20, worker("a", 20, 1.0, 9.0), worker("b", 20, 2.0, 8.0))
-    last = look(40, worker("a", 40, 4.0, 10.0), worker("b", 40, 3.0, 11.0))
+    last = look(40, worker("a", 40, 3.0, 10.0, 1.0), worker("b", 40, 3.0, 11.0), unscheduled_s=0.5)
     after = look(50, worker("a", 50, 4.5, 30.0), worker("b", 50, 3.5, 31.0))
     a, b = stage_usage(before, after, (first, last))
     assert (a.worker, a.stage, b.worker, b.stage) == ("a", 0, "b", 1)
-    assert a.shares == pytest.approx({"compute": 0.75, "idle": 0.25})
+    assert a.shares == pytest.approx(
+        {
+            "busy": 0.5,
+            "serialise": 0.25,
+            "output wait": 0.0,
+            "input wait": 0.125,
+            "unscheduled": 0.125,
+        }
+    )
+    assert a.bubble_share == pytest.approx(0.375)
     assert b.busy_share == pytest.approx(0.25)
     assert (a.num_steps, a.bytes_sent, a.messages_sent) == (40, 40_000, 40)
     assert a.rows_per_step == 3.0

@@ -43,6 +43,7 @@ def test_lines_without_hashes_are_in_seconds(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("", "is empty"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "has no requests"),
         ("TIMESTAMP,ContextTokens\n2023-11-16 18:17:03,5\n", "line 2: 'GeneratedTokens' is miss"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\nyesterday,5,5\n", "line 2: "),
         ('{"timestamp": 1, "input_length": 5}\n', "line 1: 'output_length' is missing"),

@@ -86,6 +86,8 @@ def test_prompts_share_as_many_tokens_as_their_blocks_say() -> None:
     assert one[:20] == other[:20]
     assert one[20:25] != other[20:25]
     assert (len(one), len(other)) == (25, 40)
+    salted = Ask(25, 1, seed=1, blocks=(7, 8, 9), block_tokens=10, salt="another run")
+    assert token_prompt(salted, 50_000)[:10] != one[:10]
 
 
 def test_words_are_as_many_as_the_server_counts() -> None:
