@@ -7,7 +7,6 @@ touched. Every way in which files can be wrong is a CheckpointError that names t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,19 +103,3 @@ def _open_file(path: Path) -> Any:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or cut off: {error}") from error
-
-
-def copy_in_pieces(target: Tensor, source: Tensor, on_bytes: Callable[[int], None]) -> None:
-    """Copies a view into memory, converting, a bounded number of rows at a time.
-
-    No conversion ever needs a second buffer of the tensor's size.
-    """
-    rows = max(1, PIECE_BYTES // max(1, target[:1].nbytes))
-    for start in range(0, target.shape[0], rows):
-        piece = target[start : start + rows]
-        piece.copy_(source[start : start + rows])
-        on_bytes(piece.nbytes)
-
-
-# Small against any stage worth splitting off; large enough to copy at full speed.
-PIECE_BYTES = 8 * 2**20

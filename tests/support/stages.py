@@ -23,6 +23,7 @@ from stagemesh.plan import (
     Span,
     Step,
 )
+from stagemesh.quantization import parse_quantization
 from stagemesh.sampling import SamplingSpec
 
 GREEDY = SamplingSpec(temperature=0.0, num_logprobs=2)
@@ -140,6 +141,7 @@ class Chain:
         device: str = "cpu",
         seed: int = 0,
         max_log_memory_bytes: int | None = None,
+        quantization: str = "auto",
     ) -> None:
         num_layers = ModelSpec.from_directory(model_dir).num_layers
         self.block_size_tokens, self.num_blocks = block_size_tokens, num_blocks
@@ -154,6 +156,7 @@ class Chain:
                 max_kv_memory_bytes=None,
                 num_blocks=num_blocks,
                 max_log_memory_bytes=max_log_memory_bytes,
+                quantization=parse_quantization(quantization),
             )
             for span in even_spans(num_layers, num_stages)
         ]
