@@ -27,6 +27,8 @@ TORCH_DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 # As safetensors headers spell them.
 STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+# What else holds weights that are quantised.
+_CODE_DTYPES = ("I8", "I32", "I64", "F8_E4M3")
 
 
 class Checkpoint:
@@ -46,11 +48,18 @@ class Checkpoint:
         return self._dir / self._file_of[name]
 
     def view(self, name: str, shape: Shape) -> Tensor:
-        """The tensor as stored, backed by the file; not to be written to.
+        """The tensor of floats as stored, backed by the file; not to be written to.
 
         Raises CheckpointError where its file is missing or damaged, or it is not there or of
         another shape; UnsupportedModel where it is stored in a dtype that is not understood.
         """
+        return self._view(name, shape, tuple(STORED_DTYPES))
+
+    def codes(self, name: str, shape: Shape) -> Tensor:
+        """As `view`, of a tensor that may hold codes as well."""
+        return self._view(name, shape, (*STORED_DTYPES, *_CODE_DTYPES))
+
+    def _view(self, name: str, shape: Shape, known: tuple[str, ...]) -> Tensor:
         reader = self._reader(self.file_of(name))
         found, stored = self._header(name)
         if found != shape:
@@ -58,7 +67,7 @@ class Checkpoint:
                 f"{self.file_of(name)}: {name} has shape {list(found)}, config.json says "
                 f"{list(shape)}"
             )
-        if stored not in STORED_DTYPES:
+        if stored not in known:
             raise UnsupportedModel(f"{name} is stored as {stored}, which is not supported")
         tensor: Tensor = reader.get_tensor(name)
         return tensor

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from stage_worker.checkpoint import INDEX, Checkpoint
-from stage_worker.layout import Shape, all_parts, part_tensors
+from stage_worker.layout import Shape, all_parts, part_tensors, part_weights
 from stage_worker.linear_schemes import FLOAT32, Numerics
 from stage_worker.weights import WeightLoader
 from stagemesh.errors import CheckpointError
@@ -107,7 +107,7 @@ def _part_hashes(model_dir: Path, spec: ModelSpec) -> dict[str, str]:
 def _hash_part(files: Checkpoint, tensors: dict[str, Shape]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, shape in sorted(tensors.items()):
-        view = files.view(name, shape)
+        view = files.codes(name, shape)
         digest.update(f"{name} {list(shape)} {files.stored_dtype(name)}\n".encode())
         content = view.reshape(-1).view(torch.uint8).numpy().data
         for start in range(0, len(content), _SLICE_BYTES):
@@ -134,7 +134,7 @@ def _part_sizes(model_dir: Path, spec: ModelSpec, numerics: Numerics) -> dict[st
 
 
 def _numel(spec: ModelSpec, part: str) -> int:
-    return sum(torch.Size(shape).numel() for shape in part_tensors(spec, part).values())
+    return sum(torch.Size(shape).numel() for shape in part_weights(spec, part).values())
 
 
 def _names(tensors: dict[str, Shape]) -> list[list[Any]]:

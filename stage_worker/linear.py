@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -79,10 +79,10 @@ class PlainLinear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight = weight  # [O, I]
-        self._bias = bias
+        self.bias = bias
 
     @classmethod
-    def make(cls, source: LinearSource, dtype: torch.dtype, device: torch.device) -> PlainLinear:
+    def make(cls, source: LinearSource, dtype: torch.dtype, device: torch.device) -> Self:
         shape = (source.num_outputs, source.num_inputs)
         weight = torch.empty(shape, dtype=dtype, device=device)
         filled = 0
@@ -95,7 +95,7 @@ class PlainLinear:
 
     @property
     def nbytes(self) -> int:
-        return self.weight.nbytes + (0 if self._bias is None else self._bias.nbytes)
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x, self.weight, self._bias)
+        return torch.nn.functional.linear(x, self.weight, self.bias)

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from stage_worker import fbgemm
-from stage_worker.linear import LinearSource
+from stage_worker.linear import LinearSource, rows_per_piece
 
 # Norm of what an output's weights lose, against their own: a few last places of float32.
 _MAX_ERROR = 2.0**-21
+_ROWS_CHECKED = 64
 
 
 class HalfLinear:
@@ -37,10 +38,13 @@ class HalfLinear:
         if not all(_fits(matrix.dense(start, end)) for matrix, start, end in source.pieces()):
             return None
         pieces = []
+        # One place to widen pieces in: freed ones between packed ones would leave holes in memory.
+        num_rows = min(rows_per_piece(source.num_inputs), source.num_outputs)
+        wide = torch.empty(num_rows, source.num_inputs)
         for matrix, start, end in source.pieces():
-            dense = matrix.dense(start, end)
-            pieces.append(fbgemm.pack_float16(dense.to(torch.float32)))
-            source.on_bytes(2 * dense.numel())
+            piece = wide[: end - start].copy_(matrix.dense(start, end))
+            pieces.append(fbgemm.pack_float16(piece))
+            source.on_bytes(2 * piece.numel())
         bias = source.bias(torch.float32, torch.device("cpu"))
         return cls(pieces, bias, source.num_inputs, source.num_outputs)
 
@@ -60,6 +64,10 @@ def _fits(weight: Tensor) -> bool:
     """weight: [R, I]."""
     if weight.dtype == torch.float16:
         return True
+    return all(map(_rows_fit, torch.split(weight, _ROWS_CHECKED)))
+
+
+def _rows_fit(weight: Tensor) -> bool:
     wide = weight.to(torch.float32)
     norms = torch.linalg.vector_norm(wide, dim=1)
     errors = torch.linalg.vector_norm(wide - weight.to(torch.float16), dim=1)

@@ -11,18 +11,22 @@ from dataclasses import dataclass
 
 import torch
 
-from stage_worker import fbgemm, linear_int4, linear_int8, linear_packed
+from stage_worker import fbgemm, linear_int4, linear_int8, linear_onednn
 from stage_worker.linear import Linear, LinearSource, PlainLinear
 from stage_worker.linear_half import HalfLinear
 from stage_worker.linear_int4 import Int4Linear
 from stage_worker.linear_int8 import Int8Linear
-from stage_worker.linear_packed import PackedLinear
+from stage_worker.linear_onednn import OneDnnLinear, PackedLinear
 from stage_worker.weight_source import WeightSource
 from stagemesh.errors import ConfigError
 from stagemesh.quantization import AS_STORED, AUTO, GROUP_SIZES, INT8, NONE, Quantization
 
 # 16 bits a weight, float32 arithmetic: chosen for files of 16 bits, not by name.
 _HALF = "half"
+# Vector units with which packing float32 pays, and with which oneDNN pays without; others were not
+# measured.
+_PACKED = "AVX512"
+_ONEDNN = "AVX2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +89,14 @@ def _if_available(name: str) -> str:
 
 
 def _make_float(source: LinearSource, numerics: Numerics) -> Linear:
-    if numerics.is_cpu_float32 and linear_packed.is_available():
-        return PackedLinear.make(source)
-    return PlainLinear.make(source, numerics.dtype, numerics.device)
+    kind: type[PlainLinear] = PlainLinear
+    if numerics.is_cpu_float32 and linear_onednn.is_available():
+        capability = torch.backends.cpu.get_cpu_capability()
+        if numerics.invariant or capability.startswith(_PACKED):
+            return PackedLinear.make(source)
+        if capability == _ONEDNN:
+            kind = OneDnnLinear
+    return kind.make(source, numerics.dtype, numerics.device)
 
 
 def _make_half(source: LinearSource, numerics: Numerics) -> Linear:

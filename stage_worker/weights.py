@@ -13,9 +13,18 @@ import torch
 from torch import Tensor
 
 from stage_worker.checkpoint import Checkpoint
-from stage_worker.layout import EMBEDDING, NORM, all_parts, head_name, part_tensors, span_parts
+from stage_worker.layout import (
+    EMBEDDING,
+    NORM,
+    all_parts,
+    head_name,
+    part_weights,
+    span_parts,
+    stored_way,
+)
 from stage_worker.linear import Linear, LinearSource, PlainLinear
 from stage_worker.linear_schemes import Numerics, choose_scheme
+from stage_worker.stored_weights import open_codes
 from stage_worker.weight_source import FloatSource, WeightSource
 from stagemesh.model_spec import ModelSpec
 from stagemesh.plan import Span
@@ -60,7 +69,7 @@ class WeightLoader:
         self._shapes = {
             name: shape
             for part in all_parts(spec)
-            for name, shape in part_tensors(spec, part).items()
+            for name, shape in part_weights(spec, part).items()
         }
 
     def part_bytes(self, part: str) -> int:
@@ -69,7 +78,7 @@ class WeightLoader:
         Finds what is wrong with its tensors, before anything large is read. Raises CheckpointError,
         UnsupportedModel, ConfigError.
         """
-        shapes = part_tensors(self._spec, part)
+        shapes = part_weights(self._spec, part)
         linears = [name for name, shape in shapes.items() if len(shape) == 2]
         others = [self._view(name) for name in shapes if name not in linears]
         num_bytes = self._numerics.dtype.itemsize * sum(view.numel() for view in others)
@@ -149,7 +158,10 @@ class WeightLoader:
         return vector
 
     def _source(self, name: str) -> WeightSource:
-        return FloatSource(self._view(name))
+        way = stored_way(self._spec, name)
+        if way is None:
+            return FloatSource(self._view(name))
+        return open_codes(self._files, name, self._shapes[name], way)
 
     def _view(self, name: str) -> Tensor:
         return self._files.view(name, self._shapes[name])

@@ -21,6 +21,7 @@ COMMANDS = {
     "chat": ("stagemesh.cli.chat", "talk with the model"),
     "status": ("stagemesh.cli.status", "show workers, pipelines, queue and speed"),
     "drain": ("stagemesh.cli.drain", "hand the layers of a worker over and end it"),
+    "quantize": ("stagemesh.cli.quantize", "write a copy of a model with weights of 8 or 4 bits"),
     "health": ("stagemesh.cli.health", "ask one service whether it serves"),
     "gateway": ("stagemesh.cli.gateway", "run a gateway: text in, text out"),
     "scheduler": ("stagemesh.cli.scheduler", "run the scheduler: who runs next"),

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.mesh import greedy_request, running_mesh
 from support.paths import DEMO_MODEL
 from support.stages import Chain, Live, Wish
 
@@ -86,3 +87,13 @@ def test_other_devices_are_refused_by_name() -> None:
         choose_scheme("layer.0", weights, numerics)
     plain = Numerics(torch.bfloat16, torch.device("cuda"))
     assert choose_scheme("layer.0", weights, plain).held_bytes(8, 8, plain) == 128
+
+
+def test_a_mesh_of_quantised_stages() -> None:
+    """What processes make of --quantization is what the stages of the tests above do."""
+    prompt = PROMPTS[0]
+    (live,) = chain("int8,head=none", batch_invariant=True).run([Wish(prompt, 24)])
+    options = ("--batch-invariant", "--quantization", "int8, head=none")
+    with running_mesh(DEMO_MODEL, *options, stages=2) as mesh:
+        output = mesh.generate(greedy_request(prompt, 24, ignore_eos=True))
+    assert output.token_ids == live.tokens[len(prompt) :]

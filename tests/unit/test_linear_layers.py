@@ -14,7 +14,7 @@ from stage_worker.linear_half import HalfLinear
 from stage_worker.linear_int4 import Int4Linear
 from stage_worker.linear_int4 import held_bytes as int4_bytes
 from stage_worker.linear_int8 import Int8Linear
-from stage_worker.linear_packed import PackedLinear
+from stage_worker.linear_onednn import OneDnnLinear, PackedLinear
 from stage_worker.quantise import to_int4, to_int8
 from stage_worker.weight_source import Codes, FloatSource
 
@@ -38,6 +38,7 @@ def half(source: LinearSource) -> Linear:
 # result: that of the arithmetic alone, since it is compared with the same rounded weights.
 KINDS: dict[str, tuple[Callable[[LinearSource], Linear], Callable[[Tensor], Tensor], float]] = {
     "plain": (lambda s: PlainLinear.make(s, torch.float32, CPU), lambda w: w, 1e-6),
+    "onednn": (lambda s: OneDnnLinear.make(s, torch.float32, CPU), lambda w: w, 1e-6),
     "packed": (PackedLinear.make, lambda w: w, 1e-6),
     "half": (half, lambda w: w.half().float(), 3e-6),
     "int8": (Int8Linear.make, lambda w: to_int8(w).dense(), 0.02),

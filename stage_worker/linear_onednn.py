@@ -1,10 +1,13 @@
-"""Linear layers in float32 on a CPU whose weights lie as oneDNN's kernel reads them.
+"""Linear layers in float32 on a CPU, by oneDNN's kernel: weights as they are, or packed for it.
 
     T tokens, I inputs, O outputs
 
-A row has the same bits whatever number of rows it comes with, from 2 on; a lone row is therefore
-computed beside a copy of itself, which takes no longer. Measured, not promised by oneDNN: the
-equivalence tests hold it to that.
+`OneDnnLinear` is as fast as torch's own at one row and faster from two on. With AVX2 packing gains
+nothing more; with AVX-512 it does, and costs a lone row something: benchmarks/RESULTS.md.
+
+A packed layer's row has the same bits whatever number of rows it comes with, from 2 on; a lone row
+is therefore computed beside a copy of itself. Measured, not promised by oneDNN: the equivalence
+tests hold it to that.
 """
 
 from __future__ import annotations
@@ -14,10 +17,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stage_worker.linear import LinearSource
+from stage_worker.linear import LinearSource, PlainLinear
+
+
+class OneDnnLinear(PlainLinear):
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.shape[0] == 0:
+            return x.new_empty(0, self.weight.shape[0])
+        return _product(x, self.weight, self.bias)
 
 
 class PackedLinear:
+    """Outputs in pieces of a bounded size, so that packing needs little memory beside."""
+
     def __init__(self, pieces: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
         self._pieces = list(zip(pieces, biases, strict=True))
 
