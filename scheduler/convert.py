@@ -50,6 +50,7 @@ def registration_from_proto(
         device=message.device,
         dtype=wire.dtype_from_proto(message.dtype),
         batch_invariant=message.batch_invariant,
+        quantization=message.quantization or "auto",
         pid=message.pid,
         scheduler_address=scheduler_address,
         available_memory_bytes=message.available_memory_bytes,

@@ -42,6 +42,7 @@ class Registration:
     device: str = "cpu"
     dtype: str = "float32"
     batch_invariant: bool = False
+    quantization: str = "auto"
     pid: int = 0
     scheduler_address: str = ""
     # Beside what it holds; 0 where it does not say.

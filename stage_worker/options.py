@@ -10,6 +10,7 @@ from stagemesh.errors import ConfigError
 from stagemesh.option_values import Kind
 from stagemesh.options import check_options, option
 from stagemesh.plan import Span
+from stagemesh.quantization import parse_quantization
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +38,11 @@ class WorkerOptions:
         help="in which type hidden states travel; auto: in that of --dtype. All workers of a mesh "
         "must say the same",
         choices=("auto", "float32", "bfloat16", "int8"),
+    )
+    quantization: str = option(
+        "auto",
+        help="how weights are held: auto (as the files have them), none, int8, int4-g32, int4-g64, "
+        "int4-g128; parts that differ follow: int4-g64,head=none,0:2=int8",
     )
     batch_invariant: bool = option(
         False, help="a sequence's numbers do not depend on its batch (float32 on cpu)"
@@ -74,6 +80,7 @@ class WorkerOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
+        parse_quantization(self.quantization)
         for name in ("scheduler", "listen"):
             try:
                 split_address(getattr(self, name))

@@ -199,6 +199,7 @@ def test_a_worker_that_has_only_its_own_parts_is_taken() -> None:
         ("dtype", "bfloat16", "--dtype bfloat16"),
         ("wire_dtype", "int8", "--wire-dtype int8"),
         ("batch_invariant", True, "--batch-invariant"),
+        ("quantization", "int8", "--quantization int8"),
     ],
 )
 def test_other_numerics_are_refused(field: str, value: object, option: str) -> None:
