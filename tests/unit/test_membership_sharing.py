@@ -277,10 +277,34 @@ def test_a_pipeline_that_lacks_somebody_else_gives_back_what_was_lent() -> None:
     lose(mesh, "b")
     spoil(mesh, "c")
     lose(mesh, "a")
+    assert mesh.stages(0) == [None, "d"]
+    mesh.wait(5 * S)
     assert mesh.stages(0) == [None, None]
     assert mesh.stages(1) == ["c", "d"]
-    mesh.wait(6 * S)
+    assert blocks(mesh)["p1"] == 50
+    mesh.wait(5 * S)
     assert blocks(mesh)["p1"] == 100
+
+
+def test_a_dead_lender_keeps_its_half_for_a_while() -> None:
+    """Whoever it lacks comes back, and finds all of its KV."""
+    mesh = FakeMesh(replace(LIMITS, num_stages=3, num_replicas=2))
+    for worker_id in "abcdef":
+        few = {"num_blocks": 15} if worker_id == "c" else {}  # too few to be lent
+        mesh.register(worker_id, worker=few)
+        mesh.run()
+    mesh.disconnect("f")
+    mesh.wait(S, deaf=["f"])
+    mesh.kill("a")
+    mesh.wait(S, deaf=["f"])
+    assert mesh.stages(0) == ["d", "b", "c"]
+    assert mesh.stages(1) == ["d", "e", None]
+    mesh.come_back("f")
+    mesh.run()
+    assert mesh.resumes == [("p0", {0}), ("p1", set())]
+    assert blocks(mesh) == {"p0": 15, "p1": 50}
+    mesh.wait(10 * S)
+    assert blocks(mesh) == {"p0": 15, "p1": 50}, "half of d is still p0's"
 
 
 def test_who_comes_again_soon_finds_what_was_given_back_and_disturbs_nobody() -> None:
