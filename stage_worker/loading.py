@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from stage_worker.block_ranges import PipelineBlocks
 from stage_worker.boundary_log import BoundaryLog, choose_num_log_blocks, log_block_bytes
 from stage_worker.checkpoint import TORCH_DTYPES
 from stage_worker.decoder import Decoder
@@ -52,6 +53,18 @@ class ExecutorFacts:
     kv_block_bytes: int
     load_ns: int
     num_log_blocks: int = 0
+
+    def blocks_for(
+        self, num_blocks: int, *, from_end: bool = False, num_log_blocks: int | None = None
+    ) -> PipelineBlocks:
+        """A pipeline's blocks at one end of the stage's. Raises ProtocolError."""
+        return PipelineBlocks.at_end(
+            self.num_blocks,
+            self.num_log_blocks,
+            num_blocks=num_blocks,
+            from_end=from_end,
+            num_log_blocks=num_log_blocks,
+        )
 
 
 @dataclass(frozen=True, slots=True)

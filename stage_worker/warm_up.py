@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from stage_worker.executor import StageExecutor
 
 _MAX_TOKENS = 16
+_NOBODY = "warm-up"
 
 
 def warm_up(executor: StageExecutor, span: Span) -> None:
@@ -40,7 +41,13 @@ def warm_up(executor: StageExecutor, span: Span) -> None:
         state=SequenceState(prompt, (), SamplingSpec(), num_tokens + 1),
     )
     hidden_bytes = num_tokens * spec.hidden_size * executor.item_bytes if stage else 0
-    executor.join(stage=stage, num_stages=num_stages, num_blocks=1, keep_kv=False)
-    step = Step("warm-up", Epoch(0, 1), 0, (row,))
+    executor.join(
+        pipeline_id=_NOBODY,
+        stage=stage,
+        num_stages=num_stages,
+        blocks=facts.blocks_for(1),
+        keep_kv=False,
+    )
+    step = Step(_NOBODY, Epoch(0, 1), 0, (row,))
     executor.execute(step, bytes(hidden_bytes), executor.dtype)
     executor.forget()

@@ -71,7 +71,13 @@ def execute_one_step(stage: StageExecutor, span: Span) -> None:
     first, last = span.start == 0, span.end == stage.spec.num_layers
     index = 0 if first else 1
     num_stages = index + 1 if last else index + 2
-    stage.join(stage=index, num_stages=num_stages, num_blocks=1, keep_kv=False)
+    stage.join(
+        pipeline_id="p",
+        stage=index,
+        num_stages=num_stages,
+        blocks=stage.facts.blocks_for(1),
+        keep_kv=False,
+    )
     prompt = tuple(range(NUM_TOKENS))
     row = Row(
         sequence_id=1,

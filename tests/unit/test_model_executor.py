@@ -179,10 +179,10 @@ def test_places_in_a_pipeline(chain: Chain) -> None:
     first = chain.stages[0]
     for place in ({"stage": 1, "num_stages": 3}, {"stage": 0, "num_stages": 1}):
         with pytest.raises(ProtocolError, match="cannot be stage"):
-            first.join(**place, num_blocks=8, keep_kv=False)
+            first.join(pipeline_id="p", **place, blocks=first.facts.blocks_for(8), keep_kv=False)
     with pytest.raises(ProtocolError, match="9 blocks"):
-        first.join(stage=0, num_stages=3, num_blocks=9, keep_kv=False)
-    first.join(stage=0, num_stages=3, num_blocks=4, keep_kv=False)  # a smaller stage sets the pace
+        first.facts.blocks_for(9)
+    chain.resize(4)  # a smaller stage sets the pace
     with pytest.raises(ProtocolError, match="outside of the pipeline's 4"):
         first.execute(
             Step("p", EPOCH, 0, (first_row(block_updates=(BlockUpdate(0, (4, 1)),)),)), b"", ""
