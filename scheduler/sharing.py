@@ -19,8 +19,9 @@ from scheduler.workers import MAX_TENANTS, Suits, Worker
 from stagemesh.errors import PeerLost
 from stagemesh.plan import Span
 
-# Who was alone on a worker for so long begins an epoch for the sake of its room. Not at once: the
-# other one may come back, and has its KV there yet.
+# Who lacks somebody for so long leaves shared workers to the other one, and who was alone on a
+# worker for so long begins an epoch for the sake of its room. Not at once: whoever is missing may
+# come back, and what it has there is of use as long as nobody writes over it.
 CALM_NS = 5_000_000_000
 # Epochs of a pipeline that came to nothing one after another, after which it gives back what was
 # lent to it, for a time that grows.
@@ -36,9 +37,10 @@ class Sharing:
 
     def __init__(self, *, is_allowed: bool) -> None:
         self._is_allowed = is_allowed
-        # By pipeline: since when it could have more blocks; until when nothing is lent to it, and
-        # how often that was so.
+        # By pipeline: since when it could have more blocks; since when it shares workers and lacks
+        # others; until when nothing is lent to it, and how often that was so.
         self._roomy_since_ns: dict[str, int] = {}
+        self._dead_since_ns: dict[str, int] = {}
         self._barred: dict[str, tuple[int, int]] = {}
         self._seen_ns = 0
 
@@ -56,13 +58,13 @@ class Sharing:
             loans = self._loans(pipeline, workers, now_ns)
             for stage, lender in loans.items():
                 _lend(pipeline, stage, lender, now_ns)
-        for pipeline in pipelines:
-            _give_up(pipeline, now_ns)
+        self._give_up(pipelines, now_ns)
         self._grow(pipelines, now_ns)
 
     def wakeup_ns(self) -> int | None:
         """When `update` has something to do, if nothing else happens."""
-        times = [since_ns + CALM_NS for since_ns in self._roomy_since_ns.values()]
+        since = (*self._roomy_since_ns.values(), *self._dead_since_ns.values())
+        times = [since_ns + CALM_NS for since_ns in since]
         times += [until_ns for until_ns, _ in self._barred.values() if until_ns > self._seen_ns]
         return min(times, default=None)
 
@@ -83,24 +85,21 @@ class Sharing:
     def _loans(
         self, pipeline: MeshPipeline, workers: Collection[Worker], now_ns: int
     ) -> Mapping[int, Worker]:
-        """Who stands in at which stage; nobody where the pipeline would not be complete by it.
-
-        It is about to be complete where somebody loads; then nobody is lent who would be disturbed.
-        """
+        """Who stands in at which stage; nobody where the pipeline would not be complete by it."""
         is_broken = pipeline.has_served and pipeline.phase is Phase.IDLE
         is_barred = now_ns < self._barred.get(pipeline.pipeline_id, (0, 0))[0]
         if not self._is_allowed or not is_broken or is_barred:
             return {}
-        lacking = [stage for stage in range(pipeline.num_stages) if _lacks(pipeline, stage)]
-        found = {s: _best_lender(pipeline, s, workers, now_ns) for s in lacking}
-        loans = {stage: lender for stage, lender in found.items() if lender is not None}
-        unready = [s for s in range(pipeline.num_stages) if not pipeline.is_ready(s)]
-        waits = [stage for stage in unready if stage not in loans]
-        is_hopeless = any(pipeline.workers[stage] is None for stage in waits)
-        disturbs = any(_must_shrink(lender) for lender in loans.values())
-        if is_hopeless or (waits and disturbs) or not _have_room(pipeline, loans):
-            return {}
-        return loans if _saves_kv(pipeline, loans) else {}
+        loans: dict[int, Worker] = {}
+        for stage in range(pipeline.num_stages):
+            if pipeline.is_ready(stage):
+                continue
+            may_come_back = not _lacks(pipeline, stage)
+            lender = _best_lender(pipeline, stage, workers, now_ns)
+            if may_come_back or lender is None:
+                return {}
+            loans[stage] = lender
+        return loans if _have_room(pipeline, loans) and _saves_kv(pipeline, loans) else {}
 
     def _end_what_is_in_vain(self, pipeline: MeshPipeline, now_ns: int) -> None:
         """Not even with the workers that were lent to it the pipeline gets anything done."""
@@ -117,6 +116,20 @@ class Sharing:
             assert worker is not None
             log.warning("a loan was in vain", pipeline=name, worker=worker.worker_id)
             pipeline.vacate(worker, PeerLost("the loan was in vain"), now_ns)
+
+    def _give_up(self, pipelines: Sequence[MeshPipeline], now_ns: int) -> None:
+        """Whoever has lacked somebody for a while leaves what it shares to the other one."""
+        dead = {
+            pipeline.pipeline_id: pipeline
+            for pipeline in pipelines
+            if pipeline.vacancies and _shares(pipeline)
+        }
+        since = self._dead_since_ns
+        self._dead_since_ns = {name: since.get(name, now_ns) for name in dead}
+        for name, pipeline in dead.items():
+            if now_ns >= self._dead_since_ns[name] + CALM_NS:
+                _leave_what_it_shares(pipeline, now_ns)
+                del self._dead_since_ns[name]
 
     def _grow(self, pipelines: Sequence[MeshPipeline], now_ns: int) -> None:
         """Whoever has been alone on its workers for a while takes the whole of them."""
@@ -255,10 +268,12 @@ def _give_to_the_free(pipeline: MeshPipeline, workers: Collection[Worker], now_n
             pipeline.hand_over(stage, successor, now_ns)
 
 
-def _give_up(pipeline: MeshPipeline, now_ns: int) -> None:
-    """Where nobody completes a pipeline, those who serve another one as well are that one's."""
-    if not pipeline.vacancies:
-        return
+def _shares(pipeline: MeshPipeline) -> bool:
+    workers = (*pipeline.members, *pipeline.handovers.sources.values())
+    return any(worker.is_shared for worker in workers)
+
+
+def _leave_what_it_shares(pipeline: MeshPipeline, now_ns: int) -> None:
     for worker in pipeline.members:
         if worker.is_shared:
             dead = PeerLost(f"worker {worker.worker_id} serves another pipeline, this one cannot")

@@ -54,7 +54,7 @@ def _mesh(status: mesh_pb2.GetStatusResponse) -> Text:
 
 
 def _workers(status: mesh_pb2.GetStatusResponse) -> Table:
-    table = _table("worker", "state", "layers")
+    table = _table("worker", "state", "layers", "serves")
     for column in ("device", "address"):  # what a narrow terminal can do without
         table.add_column(column, overflow="ellipsis")
     table.add_column("pid", no_wrap=True)
@@ -66,6 +66,7 @@ def _workers(status: mesh_pb2.GetStatusResponse) -> Table:
             worker.worker_id,
             Text(state, style=_STATE_STYLES.get(state.split()[0], "")),
             f"{worker.span.start}:{worker.span.end}" if worker.span.end else "",
+            " ".join(p.pipeline_id for p in status.pipelines if worker.worker_id in p.worker_ids),
             f"{worker.device} {_dtype(worker.dtype)}".strip(),
             worker.address,
             str(worker.pid),

@@ -7,7 +7,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from simulation.mesh_scenario import draw_mesh
+from simulation.mesh_scenario import MeshScenario, draw_mesh
 from simulation.mesh_world import MeshWorld
 from simulation.world import World
 
@@ -28,6 +28,11 @@ def caught_in_mesh(max_seeds: int = MAX_SEEDS, num_replicas: int = 0) -> Excepti
         return MeshWorld(seed, scenario=scenario, check_integrity=False)
 
     return _first_failure(make, max_seeds)
+
+
+def caught_in(scenario: MeshScenario) -> Exception:
+    """In a mesh that was made for it."""
+    return _first_failure(lambda seed: MeshWorld(seed, scenario=scenario), 1)
 
 
 def _first_failure(make: Callable[[int], Any], max_seeds: int) -> Exception:

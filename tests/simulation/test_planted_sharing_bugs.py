@@ -9,9 +9,17 @@ import pytest
 from simulation.fake_scheduler import FakeScheduler
 from simulation.fake_stage import BrokenPlan
 from simulation.fake_tenants import Tenants
+from simulation.mesh_world import MeshWorld
 from simulation.oracle import Violation
-from simulation.planting import caught_in_mesh
+from simulation.planting import caught_in, caught_in_mesh
 from simulation.stage_memory import MemoryPart
+from simulation.uneven_replicas import (
+    SCENARIOS,
+    kv_is_written_over,
+    kv_is_written_over_in_part,
+    kv_lies_at_the_end,
+    pages_are_fetched_for_long,
+)
 
 from scheduler.holders import KvHolders
 from scheduler.joining import Handovers
@@ -34,8 +42,8 @@ def workers_believe_what_they_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nothing_is_planted() -> None:
     """What the workers believe is right."""
-    with pytest.raises(pytest.fail.Exception, match="did not find"):
-        caught_in_mesh(max_seeds=20, num_replicas=2)
+    for scenario in SCENARIOS:
+        MeshWorld(0, scenario=scenario()).run()
 
 
 def test_both_have_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +77,7 @@ def test_a_core_that_is_not_told_that_blocks_are_gone(monkeypatch: pytest.Monkey
 
 def test_kv_that_another_pipeline_has_written_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(KvHolders, "overwritten", lambda self, *what: None)
-    assert is_wrong_token(caught_in_mesh(num_replicas=2))
+    assert is_wrong_token(caught_in(kv_is_written_over()))
 
 
 def test_kv_of_blocks_that_were_another_s_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +85,7 @@ def test_kv_of_blocks_that_were_another_s_meanwhile(monkeypatch: pytest.MonkeyPa
         return room
 
     monkeypatch.setattr(KvHolders, "left_of", all_of_it)
-    assert is_wrong_token(caught_in_mesh(num_replicas=2))
+    assert is_wrong_token(caught_in(kv_is_written_over_in_part()))
 
 
 def test_kv_that_lies_at_the_other_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +96,7 @@ def test_kv_that_lies_at_the_other_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(KvHolders, "__init__", begin_without_ends)
     monkeypatch.setattr(KvHolders, "end_of_kv", lambda self, stage, worker: None)
-    assert is_wrong_token(caught_in_mesh(num_replicas=2))
+    assert is_wrong_token(caught_in(kv_lies_at_the_end()))
 
 
 def test_pages_of_a_worker_that_is_somebody_else_s_by_then(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +107,7 @@ def test_pages_of_a_worker_that_is_somebody_else_s_by_then(monkeypatch: pytest.M
         self._release(source)
 
     monkeypatch.setattr(Handovers, "begin", begin_without_a_claim)
-    assert is_wrong_token(caught_in_mesh(num_replicas=2))
+    assert is_wrong_token(caught_in(pages_are_fetched_for_long()))
 
 
 def test_pipelines_that_are_not_ended_for_others_to_have_room(

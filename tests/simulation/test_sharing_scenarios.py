@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from simulation.clock import MS, S
 from simulation.examples import arrival
 from simulation.mesh_scenario import Fault, MeshScenario, WorkerShape
 from simulation.mesh_world import MeshWorld
+from simulation.uneven_replicas import SCENARIOS
 
 from scheduler.core import SchedulerLimits
 from scheduler.core.lacks import Lacks
@@ -144,3 +146,10 @@ def test_the_same_with_a_log_that_is_believed_to_be_whole(monkeypatch: pytest.Mo
     monkeypatch.setattr(Lacks, "resize_logs", believe)
     with pytest.raises(AssertionError, match="right is"):
         MeshWorld(0, scenario=long_lived_on_a_short_log()).run()
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_kv_that_moves_or_waits_where_two_pipelines_are(
+    scenario: Callable[[], MeshScenario],
+) -> None:
+    run(scenario())
