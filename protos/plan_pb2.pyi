@@ -18,12 +18,14 @@ class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DTYPE_FLOAT32: _ClassVar[DType]
     DTYPE_BFLOAT16: _ClassVar[DType]
     DTYPE_FLOAT16: _ClassVar[DType]
+    DTYPE_INT8: _ClassVar[DType]
 ROW_ERROR_UNSPECIFIED: RowError
 ROW_ERROR_NOT_FINITE: RowError
 DTYPE_UNSPECIFIED: DType
 DTYPE_FLOAT32: DType
 DTYPE_BFLOAT16: DType
 DTYPE_FLOAT16: DType
+DTYPE_INT8: DType
 
 class Epoch(_message.Message):
     __slots__ = ("term", "n")

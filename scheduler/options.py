@@ -70,6 +70,9 @@ class SchedulerOptions:
         kind=Kind.DURATION,
         minimum=0.0,
     )
+    share_workers: bool = option(
+        True, help="a replica's worker stands in for a lost one of another replica, beside its own"
+    )
     canary_interval_s: float = option(
         5.0,
         help="an idle pipeline computes one token this often, to see that it serves; 0: never",
@@ -127,6 +130,7 @@ class SchedulerOptions:
             reconnect_grace_ns=round(self.reconnect_grace_s * 1e9),
             join_timeout_ns=round(self.join_timeout_s * 1e9),
             takeover_after_ns=round(self.takeover_after_s * 1e9),
+            share_workers=self.share_workers,
             max_model_len=self.max_model_len,
         )
 

@@ -24,7 +24,7 @@ from stage_worker.boundary_log import BoundaryLog
 from stage_worker.checkpoint import DTYPE_NAMES
 from stage_worker.loading import ExecutorConfig, ExecutorFacts, LoadedStage, load_stage
 from stage_worker.pages import PageStore
-from stage_worker.payload import bytes_view, hidden_from_bytes
+from stage_worker.payload import check_wire_dtype, hidden_as_bytes, hidden_from_bytes
 from stage_worker.results import RowSampler
 from stage_worker.rope import inverse_frequencies
 from stage_worker.sequences import Sequence, SequenceTable
@@ -80,6 +80,7 @@ class StageExecutor:
         self._decoder = loaded.decoder
         keys = loaded.cache.keys[0]
         self._dtype, self._device = keys.dtype, keys.device
+        self.wire_dtype = loaded.wire_dtype  # of hidden states that come and go
         windows = self.spec.layer_windows[self._span.start : self._span.end]
         tile = self._decoder.attention_tile
         self._batches = BatchBuilder(windows, self.spec.rope, tile, self._dtype)
@@ -98,13 +99,8 @@ class StageExecutor:
 
     @property
     def dtype(self) -> str:
-        """What weights, KV and hidden states on the wire are in."""
+        """What weights and KV are in."""
         return DTYPE_NAMES[self._dtype]
-
-    @property
-    def item_bytes(self) -> int:
-        """Of one number in that type."""
-        return self._dtype.itemsize
 
     @property
     def num_sequences(self) -> int:
@@ -235,7 +231,9 @@ class StageExecutor:
         hidden_size = self.spec.hidden_size
         if stage > 0:
             shape = (sum(entry.row.num_tokens for entry in executed), hidden_size)
-            return hidden_from_bytes(payload, payload_dtype, shape, self._dtype, self._device)
+            if executed:
+                check_wire_dtype(payload_dtype, self.wire_dtype)
+            return hidden_from_bytes(payload, self.wire_dtype, shape, self._dtype, self._device)
         if not executed:
             return torch.empty(0, hidden_size, dtype=self._dtype, device=self._device)
         token_ids = [token for entry in executed for token in entry.row.token_ids]
@@ -243,10 +241,10 @@ class StageExecutor:
 
     def _output(self, hidden: Tensor, rows: tuple[RowResult, ...]) -> StageOutput:
         return StageOutput(
-            payload=bytes_view(hidden),
+            payload=hidden_as_bytes(hidden, self.wire_dtype),
             num_tokens=len(hidden),
             hidden_size=self.spec.hidden_size,
-            dtype=self.dtype,
+            dtype=self.wire_dtype,
             rows=rows,
         )
 

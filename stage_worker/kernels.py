@@ -1,4 +1,4 @@
-"""The kernels that a stage computes with, chosen once when it is loaded."""
+"""The kernels that a stage computes with but for linear layers, chosen once when it is loaded."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from stagemesh.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """`attention_tile`: contexts are read in multiples of it; `packed`: linear layers are."""
+    """`attention_tile`: contexts are read in multiples of it."""
 
     attention: Attention
     attention_tile: int
     silu: Callable[[Tensor], Tensor]
-    packed: bool
 
 
 def _exact_silu(x: Tensor) -> Tensor:
@@ -31,8 +30,8 @@ def _exact_silu(x: Tensor) -> Tensor:
     return x / (1.0 + torch.exp(-x))
 
 
-FAST = Kernels(fast_attention, 1, torch.nn.functional.silu, packed=False)
-INVARIANT = Kernels(invariant_attention, TILE, _exact_silu, packed=True)
+FAST = Kernels(fast_attention, 1, torch.nn.functional.silu)
+INVARIANT = Kernels(invariant_attention, TILE, _exact_silu)
 
 
 def choose_kernels(batch_invariant: bool, dtype: torch.dtype, device: torch.device) -> Kernels:

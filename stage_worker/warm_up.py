@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from stagemesh.frames import hidden_bytes
 from stagemesh.plan import BlockUpdate, Epoch, Row, SequenceState, Span, Step
 from stagemesh.sampling import SamplingSpec
 
@@ -40,7 +41,7 @@ def warm_up(executor: StageExecutor, span: Span) -> None:
         sample_positions=(num_tokens - 1,),
         state=SequenceState(prompt, (), SamplingSpec(), num_tokens + 1),
     )
-    hidden_bytes = num_tokens * spec.hidden_size * executor.item_bytes if stage else 0
+    num_bytes = hidden_bytes(executor.wire_dtype, num_tokens, spec.hidden_size) if stage else 0
     executor.join(
         pipeline_id=_NOBODY,
         stage=stage,
@@ -49,5 +50,5 @@ def warm_up(executor: StageExecutor, span: Span) -> None:
         keep_kv=False,
     )
     step = Step(_NOBODY, Epoch(0, 1), 0, (row,))
-    executor.execute(step, bytes(hidden_bytes), executor.dtype)
+    executor.execute(step, bytes(num_bytes), executor.wire_dtype)
     executor.forget()

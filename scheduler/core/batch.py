@@ -158,7 +158,7 @@ class Batch:
                 return sequence.num_scheduled
             self._drop(victim)
         end = min(end, room)
-        table.grow(pool, facts.num_blocks_for(end))
+        self._pipeline.grow(sequence, facts.num_blocks_for(end))
         return end
 
     def _drop(self, victim: Sequence) -> None:

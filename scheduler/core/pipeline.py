@@ -172,6 +172,13 @@ class Pipeline:
         sequence.pipeline = self
         self.turns.begin(sequence)
 
+    def grow(self, sequence: Sequence, num_entries: int) -> None:
+        """Gives the sequence the blocks that it lacks up to so many."""
+        num_before = sequence.table.num_entries
+        sequence.table.grow(self.pool, num_entries)
+        for index in range(num_before, num_entries):
+            self.lacks.allocated(sequence.table.entry(index))
+
     def dismiss(self, sequence: Sequence) -> None:
         """The sequence ends or is preempted; its blocks are free for the next step at once.
 
@@ -265,7 +272,7 @@ class Pipeline:
         self.pool.resize(facts.num_blocks)
         self.facts = facts
         self.epoch = facts.epoch
-        self.lacks.num_log_blocks = self._num_log_blocks()
+        self.lacks.resize_logs(self._num_log_blocks(), self.pool.blocks_in_use())
         self.next_step = 0
         self.suspended_ns = None
         self.unscheduled.began(now_ns)

@@ -23,6 +23,7 @@ COMMANDS = {
     "bench": ("stagemesh.cli.bench", "measure how fast a server is"),
     "trace": ("stagemesh.cli.trace", "record what stages do, as a file for Perfetto"),
     "drain": ("stagemesh.cli.drain", "hand the layers of a worker over and end it"),
+    "quantize": ("stagemesh.cli.quantize", "write a copy of a model with weights of 8 or 4 bits"),
     "health": ("stagemesh.cli.health", "ask one service whether it serves"),
     "gateway": ("stagemesh.cli.gateway", "run a gateway: text in, text out"),
     "scheduler": ("stagemesh.cli.scheduler", "run the scheduler: who runs next"),

@@ -82,8 +82,24 @@ def test_lost_stages_are_rebuilt_bit_by_bit(
     make: Callable[[str], Made], name: str, case: str
 ) -> None:
     model, expected = make(name)
+    _lose_and_rebuild(model, case, "auto", expected)
+
+
+@pytest.mark.parametrize("case", ["middle, from its log", ALL_WAYS])
+def test_what_is_rounded_on_the_wire_is_rounded_alike_when_it_is_rebuilt(
+    make: Callable[[str], Made], case: str
+) -> None:
+    model, exact = make("llama")
+    expected = [_facts(live) for live in _chain(model, None, "int8").run(wishes())]
+    assert expected != exact
+    _lose_and_rebuild(model, case, "int8", expected)
+
+
+def _lose_and_rebuild(
+    model: Path, case: str, wire_dtype: str, expected: list[tuple[object, ...]]
+) -> None:
     lost, num_logged = CASES[case]
-    chain = _chain(model, num_logged)
+    chain = _chain(model, num_logged, wire_dtype)
     lives = [chain.start(wish) for wish in wishes()]
     before = Rebuilder(chain, chunk=9, lost=[], use_log=True, alive=list(lives))
     for _ in range(9):
@@ -103,7 +119,7 @@ def test_lost_stages_are_rebuilt_bit_by_bit(
             assert all(torch.equal(one, other) for one, other in pages)
 
 
-def _chain(model: Path, num_logged: int | None) -> Chain:
+def _chain(model: Path, num_logged: int | None, wire_dtype: str = "auto") -> Chain:
     """Blocks are handed out in no order, so that a log for some of them has holes everywhere."""
     block_bytes = ModelSpec.from_directory(model).hidden_size * BLOCK_SIZE * 4
     num_bytes = None if num_logged is None else num_logged * block_bytes
@@ -114,6 +130,7 @@ def _chain(model: Path, num_logged: int | None) -> Chain:
         block_size_tokens=BLOCK_SIZE,
         num_blocks=32,
         max_log_memory_bytes=num_bytes,
+        wire_dtype=wire_dtype,
     )
     expected = 32 if num_logged is None else num_logged
     assert [stage.log.num_blocks for stage in chain.stages] == [expected] * 3 + [0]

@@ -25,6 +25,7 @@ from stagemesh.plan import (
     Span,
     Step,
 )
+from stagemesh.quantization import parse_quantization
 from stagemesh.sampling import SamplingSpec
 
 GREEDY = SamplingSpec(temperature=0.0, num_logprobs=2)
@@ -147,6 +148,8 @@ class Chain:
         seed: int = 0,
         max_log_memory_bytes: int | None = None,
         pipeline_id: str = "p",
+        wire_dtype: str = "auto",
+        quantization: str = "auto",
     ) -> None:
         self.pipeline_id = pipeline_id
         num_layers = ModelSpec.from_directory(model_dir).num_layers
@@ -162,6 +165,8 @@ class Chain:
                 max_kv_memory_bytes=None,
                 num_blocks=num_blocks,
                 max_log_memory_bytes=max_log_memory_bytes,
+                wire_dtype=wire_dtype,
+                quantization=parse_quantization(quantization),
             )
             for span in even_spans(num_layers, num_stages)
         ]
