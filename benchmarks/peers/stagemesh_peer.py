@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -26,8 +25,6 @@ from stagemesh.bench.machine import commit
 from stagemesh.bench.samples import Sample
 from stagemesh.bench.summary import decode_span_s, tokens_between
 from stagemesh.bench.workload import Ask
-from stagemesh.errors import ConfigError
-from stagemesh.options import options_of
 
 _TIMEOUT_S = 600.0
 
@@ -59,9 +56,9 @@ class _Mesh(Engine):
                 *("--threads-per-stage", str(options.threads), "--max-kv-memory", "1GiB"),
                 *("--grpc-port", "0", "--http-port", "0", "--scheduler-port", "0"),
                 *("--ready-file", str(ready), "--log-level", "error"),
+                *_dtype_options(options.dtype),
             ],
             stdout=subprocess.DEVNULL,
-            env={**os.environ, **_dtype_variables(options.dtype)},
         )
         while not ready.exists():
             if self._process.poll() is not None:
@@ -112,15 +109,14 @@ def _timing(samples: Sequence[Sample], new_tokens: int) -> Timing:
     return Timing(prefill_s, tokens_between(samples, *span), span[1] - span[0])
 
 
-def _dtype_variables(dtype: str) -> dict[str, str]:
-    """Whole numbers are weights quantised when they are loaded."""
-    if dtype not in ("int8", "int4"):
-        return {"STAGEMESH_DTYPE": dtype}
-    from stage_worker.options import WorkerOptions
+# What is no type of arithmetic is weights quantised when they are loaded.
+_QUANTIZATIONS = {"int8": "int8", "int4": "int4-g64"}
 
-    if not any(option.name == "quantization" for option in options_of(WorkerOptions)):
-        raise ConfigError(f"this StageMesh has no --quantization, so no {dtype}")
-    return {"STAGEMESH_DTYPE": "float32", "STAGEMESH_QUANTIZATION": dtype}
+
+def _dtype_options(dtype: str) -> tuple[str, ...]:
+    if dtype not in _QUANTIZATIONS:
+        return ("--dtype", dtype)
+    return ("--dtype", "float32", "--quantization", _QUANTIZATIONS[dtype])
 
 
 if __name__ == "__main__":
