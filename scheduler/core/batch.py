@@ -97,11 +97,11 @@ class Batch:
             if sequence.pipeline is not pipeline or sequence.sequence_id in parts:
                 continue
             start = sequence.num_scheduled
-            has_room = start < sequence.table.num_entries * size
+            has_room = start < len(sequence.table.groups[0]) * size
             if has_room or self._make_room(sequence, start + 1) > start:
                 sequence.num_scheduled = start + 1
                 tokens.take(1)
-                share.take(start, 1)
+                share.take_one(start)
                 parts[sequence.sequence_id] = _Part(sequence, start, start + 1)
                 pipeline.turns.had_turn(sequence, may_wait=False)
 
@@ -172,7 +172,7 @@ class Batch:
     def _row(self, part: _Part) -> Row:
         sequence, start, end, rebuild = part
         is_first = sequence.needs_state
-        if rebuild is None and not is_first and end - start == 1 and end == sequence.num_tokens:
+        if rebuild is None and not is_first and end - start == 1 and end == len(sequence.tokens):
             return self._decode_row(sequence, start)
         sequence.needs_state = False
         sequence.is_known_to_stages = True

@@ -62,6 +62,10 @@ class CostBudget:
         """Whether `grant` would give nothing to a sequence at the beginning of its context."""
         return self._remaining < self._crumb and not self._is_untouched
 
+    def take_one(self, position: int) -> None:
+        self._remaining -= self._rates.token + self._rates.position * (position + 1)
+        self._is_untouched = False
+
     def take(self, start: int, num_tokens: int) -> None:
         self._remaining -= self._rates.tokens(start, num_tokens)
         self._is_untouched = False

@@ -11,7 +11,6 @@ time are the business of scheduler/core/rates.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 # A step 100 steps ago weighs a third.
@@ -57,14 +56,9 @@ class StageCost:
     _products: list[list[float]] = field(default_factory=lambda: [[0.0] * 3 for _ in range(3)])
     _costs: list[float] = field(default_factory=lambda: [0.0] * 3)
 
-    def observe(self, chunks: Iterable[tuple[int, int]], cost_ns: int) -> None:
-        """A step of rows [start, end) took the slowest stage so long."""
-        num_tokens = num_positions = 0.0
-        for start, end in chunks:
-            num = end - start
-            num_tokens += num
-            num_positions += num * (start + (num + 1) / 2)
-        features = (1.0, num_tokens, num_positions)
+    def observe(self, num_tokens: int, num_positions: float, cost_ns: int) -> None:
+        """A step took the slowest stage so long."""
+        features = (1.0, float(num_tokens), num_positions)
         for i, one in enumerate(features):
             self._costs[i] = self._costs[i] * _DECAY + one * cost_ns
             row = self._products[i]

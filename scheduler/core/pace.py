@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from scheduler.core.costs import StageCost, StepRates
 from scheduler.core.depth import RoundTrip
@@ -28,12 +28,16 @@ class Pace:
         return self.rates.token * num_sequences + self.rates.position * num_tokens
 
     def step_done(
-        self, chunks: Iterable[tuple[int, int]], timings: Sequence[HopTiming], duration_ns: int
+        self,
+        num_tokens: int,
+        num_positions: float,
+        timings: Sequence[HopTiming],
+        duration_ns: int,
     ) -> None:
-        """A step of rows [start, end), all of them through all stages, is back."""
+        """A step is back whose rows all went through all stages."""
         compute_ns = max((timing.compute_ns for timing in timings), default=0)
         if compute_ns > 0:
-            self._cost.observe(chunks, compute_ns)
+            self._cost.observe(num_tokens, num_positions, compute_ns)
             self._round_trip.observe(timings, duration_ns)
 
     def tune(self, num_sequences: int, num_tokens: int) -> None:

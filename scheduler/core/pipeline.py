@@ -81,9 +81,14 @@ class StepInFlight:
     forget: tuple[SequenceRun, ...]
     sent_ns: int
 
-    @property
-    def num_tokens(self) -> int:
-        return sum(row.end - row.start for row in self.rows)
+    def num_tokens_and_positions(self) -> tuple[int, float]:
+        """Positions are those that each token attends to, summed over the tokens."""
+        num_tokens, num_positions = 0, 0.0
+        for row in self.rows:
+            num = row.end - row.start
+            num_tokens += num
+            num_positions += num * (row.start + (num + 1) / 2)
+        return num_tokens, num_positions
 
 
 _NUM_RECENT_TIMINGS = 32
@@ -92,6 +97,7 @@ _NUM_RECENT_TIMINGS = 32
 class Pipeline:
     def __init__(self, facts: PipelineFacts, limits: SchedulerLimits, now_ns: int) -> None:
         self.facts = facts
+        self.capacity_tokens = facts.capacity_tokens
         self.epoch = facts.epoch
         self.pool = BlockPool(facts.num_blocks)
         self.turns = Turns()
@@ -136,7 +142,7 @@ class Pipeline:
     def take_ready(self) -> tuple[list[Sequence], list[Sequence]]:
         """(those that need one token, those that need more), whoever waited longest first."""
         # While stages lack something, what was planned of it may be released again by others.
-        return self.turns.split(self.num_pending, keep_all=bool(self.lacks))
+        return self.turns.split(self.num_pending if self.lacks else None)
 
     def had_turn(self, sequence: Sequence) -> None:
         """Something of it was planned."""
@@ -215,9 +221,9 @@ class Pipeline:
             self.lacks.rebuilt(part)
             self.num_tokens_rebuilt += part.end - part.start
         if not rebuilt:  # a step through a part of the stages tells nothing of whole ones
-            self.step_cost.step_done(step.num_tokens, step.sent_ns, now_ns)
-            chunks = ((row.start, row.end) for row in step.rows)
-            self.pace.step_done(chunks, timings, now_ns - step.sent_ns)
+            num_tokens, num_positions = step.num_tokens_and_positions()
+            self.step_cost.step_done(num_tokens, step.sent_ns, now_ns)
+            self.pace.step_done(num_tokens, num_positions, timings, now_ns - step.sent_ns)
             self.pace.tune(len(self.running), self.turns.num_tokens)
         if timings:
             self.recent_timings.append(timings)
@@ -271,6 +277,7 @@ class Pipeline:
                 preempt(sequence)
         self.pool.resize(facts.num_blocks)
         self.facts = facts
+        self.capacity_tokens = facts.capacity_tokens
         self.epoch = facts.epoch
         self.lacks.resize_logs(self._num_log_blocks(), self.pool.blocks_in_use())
         self.next_step = 0

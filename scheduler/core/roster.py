@@ -64,7 +64,7 @@ class Roster:
     def deliver(self, sequence: Sequence, token: SampledToken) -> None:
         """One more token of output."""
         request = sequence.request
-        index = len(sequence.tokens) - len(request.prompt_token_ids)
+        index = len(sequence.tokens) - sequence.num_prompt_tokens
         sequence.tokens.append(token.token_id)
         event = Tokens(request.key, request.attempt, index, (token,))
         if index == len(request.output_token_ids):  # the first of this attempt

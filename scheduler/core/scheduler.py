@@ -263,11 +263,11 @@ class SchedulerCore:
     def _end_if_done(self, sequence: Sequence) -> None:
         """Ends the sequence if its last token was its last."""
         request, num_tokens = sequence.request, len(sequence.tokens)
-        num_output = num_tokens - len(request.prompt_token_ids)
+        num_output = num_tokens - sequence.num_prompt_tokens
         if num_output == 0:
             return
         pipeline = sequence.pipeline
-        max_length = pipeline.facts.capacity_tokens if pipeline else self._max_capacity
+        max_length = pipeline.capacity_tokens if pipeline else self._max_capacity
         if sequence.tokens[-1] in request.sampling.stop_token_ids:
             self._end(sequence, EndReason.STOP_TOKEN)
         elif num_output >= request.max_tokens or num_tokens == max_length:

@@ -46,20 +46,24 @@ class Turns:
         self.ready = OrderedDict(self.running)
 
     def split(
-        self, num_pending: Callable[[Sequence], int], *, keep_all: bool
+        self, num_pending: Callable[[Sequence], int] | None
     ) -> tuple[list[Sequence], list[Sequence]]:
         """(those that need one token, those that need more), whoever waited longest first.
 
-        Those that need none are looked at again only with `keep_all`.
+        `num_pending` where more is to be planned than what a sequence says itself. Then those that
+        need nothing now are looked at again.
         """
         decoding: list[Sequence] = []
         catching_up: list[Sequence] = []
         done: list[Sequence] = []
         for sequence in self.ready.values():
-            num = num_pending(sequence)
+            if num_pending is None:
+                num = len(sequence.tokens) - sequence.num_scheduled
+            else:
+                num = num_pending(sequence)
             kind = done if num == 0 else decoding if num == 1 else catching_up
             kind.append(sequence)
-        if not keep_all:
+        if num_pending is None:
             for sequence in done:
                 del self.ready[sequence.sequence_id]
         return decoding, catching_up

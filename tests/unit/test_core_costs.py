@@ -18,6 +18,11 @@ def cost_of(chunks: list[tuple[int, int]], rates: StepRates = TRUE) -> int:
     return round(rates.base + sum(rates.tokens(start, end - start) for start, end in chunks))
 
 
+def observe(cost: StageCost, chunks: list[tuple[int, int]], cost_ns: int) -> None:
+    num_positions = sum((end - start) * (start + (end - start + 1) / 2) for start, end in chunks)
+    cost.observe(sum(end - start for start, end in chunks), num_positions, cost_ns)
+
+
 def mixed_step(chance: random.Random) -> list[tuple[int, int]]:
     """Decoding, and now and then a chunk of a prompt."""
     rows = [(n := chance.randrange(2000), n + 1) for _ in range(chance.randrange(1, 20))]
@@ -31,7 +36,7 @@ def test_rates_are_found_though_steps_vary_by_a_tenth() -> None:
     chance, cost = random.Random(1), StageCost()
     for _ in range(300):
         chunks = mixed_step(chance)
-        cost.observe(chunks, round(cost_of(chunks) * chance.uniform(0.9, 1.1)))
+        observe(cost, chunks, round(cost_of(chunks) * chance.uniform(0.9, 1.1)))
     assert cost.rates.base == pytest.approx(TRUE.base, rel=0.15)
     assert cost.rates.token == pytest.approx(TRUE.token, rel=0.1)
     assert cost.rates.position == pytest.approx(TRUE.position, rel=0.1)
@@ -40,7 +45,7 @@ def test_rates_are_found_though_steps_vary_by_a_tenth() -> None:
 def test_steps_that_are_all_alike_leave_the_rates_near_what_is_usual() -> None:
     cost = StageCost()
     for _ in range(500):
-        cost.observe([(n, n + 1) for n in range(8)], 40_000_000)
+        observe(cost, [(n, n + 1) for n in range(8)], 40_000_000)
     rates = cost.rates
     assert rates.base + rates.tokens(0, 1) * 8 == pytest.approx(40e6, rel=0.02)
     assert rates.base / rates.token == pytest.approx(StepRates().base, rel=0.2)
@@ -51,7 +56,7 @@ def test_old_steps_are_forgotten() -> None:
     for factor in (10, 1):
         for _ in range(600):
             chunks = mixed_step(chance)
-            cost.observe(chunks, factor * cost_of(chunks))
+            observe(cost, chunks, factor * cost_of(chunks))
     assert cost.rates.token == pytest.approx(TRUE.token, rel=0.1)
 
 
@@ -59,7 +64,7 @@ def test_nonsense_makes_no_negative_rates() -> None:
     chance, cost = random.Random(3), StageCost()
     for _ in range(200):
         chunks = mixed_step(chance)
-        cost.observe(chunks, round(1e9 / (1 + sum(end - start for start, end in chunks))))
+        observe(cost, chunks, round(1e9 / (1 + sum(end - start for start, end in chunks))))
         rates = cost.rates
         assert min(rates.base, rates.position) >= 0
         assert rates.token > 0
