@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stage_worker.attention import Attention
+from stage_worker.cpu_attention import CpuAttention
 from stage_worker.invariant_attention import TILE, invariant_kernel
 from stage_worker.padded_attention import PaddedAttention, fast_kernel
 from stagemesh.errors import ConfigError
@@ -33,13 +34,14 @@ def _exact_silu(x: Tensor) -> Tensor:
 
 
 FAST = Kernels(PaddedAttention(fast_kernel, 1), torch.nn.functional.silu, packed=False)
+FAST_CPU = Kernels(CpuAttention(), torch.nn.functional.silu, packed=False)
 INVARIANT = Kernels(PaddedAttention(invariant_kernel, TILE), _exact_silu, packed=True)
 
 
 def choose_kernels(batch_invariant: bool, dtype: torch.dtype, device: torch.device) -> Kernels:
     """Raises ConfigError where `batch_invariant` cannot be kept."""
     if not batch_invariant:
-        return FAST
+        return FAST_CPU if device.type == "cpu" else FAST
     if dtype != torch.float32 or device.type != "cpu":
         raise ConfigError("batch_invariant needs dtype float32 and device cpu")
     if not torch._C._has_mkldnn:
