@@ -82,8 +82,9 @@ class StageExecutor:
         self._dtype, self._device = keys.dtype, keys.device
         self.wire_dtype = loaded.wire_dtype  # of hidden states that come and go
         windows = self.spec.layer_windows[self._span.start : self._span.end]
-        tile = self._decoder.attention_tile
-        self._batches = BatchBuilder(windows, self.spec.rope, tile, self._dtype)
+        self._batches = BatchBuilder(
+            windows, self.spec.rope, self._decoder.attention, self.cache, self._dtype
+        )
         self._sampler = RowSampler(self._decoder.logits)
         # By whether its blocks are those from the end. Replaced, never changed: `num_sequences` is
         # asked by the event loop.
