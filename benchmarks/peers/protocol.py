@@ -22,7 +22,7 @@ from typing import Any
 
 BATCHES = (1, 8, 32)
 DECODE_PROMPT_TOKENS = 8
-NEW_TOKENS = 12
+NEW_TOKENS = 32
 PREFILL_TOKENS = 512
 
 

@@ -99,6 +99,7 @@ class _Given:
 
 
 def _timing(samples: Sequence[Sample], new_tokens: int) -> Timing:
+    """Of a large batch the prompts take several steps, in which others of it decode already."""
     for sample in samples:
         if sample.error is not None or sample.output_tokens != new_tokens:
             raise SystemExit(f"{sample.output_tokens} tokens, not {new_tokens}: {sample.error}")
