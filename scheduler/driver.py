@@ -151,6 +151,8 @@ class Driver:
             self._watch.step_sent(step, now_ns)
             self.tracer.step_sent(step, now_ns)
             await links.send(step)
+        if steps:
+            await asyncio.sleep(0)  # they are written before the news of the last ones are
         for event in self.core.take_events():
             peers.deliver(event)
         if steps and self.tracer.is_watched:

@@ -41,9 +41,10 @@ def share_out(
     num_decoding = len(pipeline.running) - len(catching_up)
     num_tokens = pipeline.turns.num_tokens - sum(one.num_tokens for one in catching_up)
     decoding = pace.decode_cost(num_decoding, num_tokens) / depth
-    if pipeline.lacks:  # the sooner it is rebuilt, the better
-        return Shares(decoding, math.inf)
-    backlog = sum(rates.tokens(one.num_scheduled, one.num_pending) for one in catching_up)
+    backlog = sum(rates.tokens(*pipeline.pending_span(one)) for one in catching_up)
+    if pipeline.lacks:
+        # The sooner all is rebuilt, the better; but what a step brought back stays, whatever comes.
+        return Shares(decoding, backlog / max(1, pipeline.num_step_slots), rates.base)
     # With fewer steps than may be under way, some stages would have none of it.
     num_steps = depth if num_decoding else min(depth, len(catching_up))
     share = backlog / max(num_steps, _quickest(backlog, rates.base, pipeline.facts.num_stages), 1)

@@ -74,7 +74,7 @@ class Batch:
     def fill(self, sequences: Iterable[Sequence], share: CostBudget) -> None:
         """Adds of them what the share allows, in their order."""
         for sequence in sequences:
-            num_granted = share.grant(sequence.num_scheduled, self._pipeline.num_pending(sequence))
+            num_granted = share.grant(*self._pipeline.pending_span(sequence))
             if num_granted == 0 or self._tokens.grant(1) == 0:
                 break
             is_here = sequence.pipeline is self._pipeline  # not preempted a moment ago
@@ -120,7 +120,8 @@ class Batch:
         if lacks:
             if lacks.is_in_making(sequence.table):
                 return  # another sequence's row of this step brings back what both hold
-            rebuild = lacks.next_part(sequence.table, self._tokens.grant(sequence.num_computed))
+            num_tokens = self._tokens.grant(min(max_tokens, sequence.num_computed))
+            rebuild = lacks.next_part(sequence.table, num_tokens)
             if rebuild is not None:
                 lacks.reserve(rebuild)
                 self._take(_Part(sequence, rebuild.start, rebuild.end, rebuild), share)

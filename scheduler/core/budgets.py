@@ -80,7 +80,8 @@ class BlockBudget:
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
-        spoken_for = sum(self._num_missing(sequence) for sequence in pipeline.running.values())
+        # Who has nothing to plan has its blocks.
+        spoken_for = sum(self._num_missing(sequence) for sequence in pipeline.turns.ready.values())
         self.remaining = pipeline.pool.num_free - spoken_for
 
     def cost(self, sequence: Sequence, hits: list[tuple[int, ...]]) -> int:

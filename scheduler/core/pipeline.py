@@ -139,6 +139,11 @@ class Pipeline:
         num_lacking = self.lacks.num_unscheduled(sequence.table) if self.lacks else 0
         return sequence.num_pending + num_lacking
 
+    def pending_span(self, sequence: Sequence) -> tuple[int, int]:
+        """(about where, how many) are the tokens of `num_pending`."""
+        num_pending = self.num_pending(sequence)
+        return max(0, len(sequence.tokens) - num_pending), num_pending
+
     def take_ready(self) -> tuple[list[Sequence], list[Sequence]]:
         """(those that need one token, those that need more), whoever waited longest first."""
         # While stages lack something, what was planned of it may be released again by others.
