@@ -9,7 +9,7 @@ from typing import Any
 
 from simulation.fake_stage import FakeStage
 from simulation.pretend_model import NUM_LAYERS, VOCAB_SIZE
-from simulation.stage_memory import StageMemory
+from simulation.stage_memory import MemoryPart, StageMemory
 
 from protos import mesh_pb2
 from stagemesh import wire
@@ -73,16 +73,19 @@ class PretendStage:
         return self._stage.num_held
 
     def join(self, join: mesh_pb2.JoinEpoch) -> None:
+        num_log_blocks = self._memory.num_log_blocks
+        if join.HasField("num_log_blocks"):
+            num_log_blocks = join.num_log_blocks
         self._stage.join(
             wire.epoch_from_proto(join.epoch),
+            MemoryPart(self._memory, join.num_blocks, num_log_blocks, from_end=join.from_end),
             stage=join.stage,
             num_stages=join.num_stages,
-            num_blocks=join.num_blocks,
             keep_kv=join.keep_kv,
         )
 
     def fetch(self, source: PretendStage, block_ids: Sequence[int]) -> None:
-        self._memory.fetch(source._memory, block_ids)
+        self._stage.part.take(source._stage.part.copy(block_ids), block_ids)
 
     def execute(self, frame: StepFrame, join: mesh_pb2.JoinEpoch) -> Message:
         """What is to be sent on: to the next stage, or to the scheduler."""
