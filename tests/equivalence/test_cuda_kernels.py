@@ -1,0 +1,153 @@
+"""The Triton kernels against plain arithmetic in float32: with a CUDA device, or by Triton's
+interpreter where TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = pytest.mark.skipif(
+    not (torch.cuda.is_available() or INTERPRETED), reason="needs a CUDA device"
+)
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16, torch.float16]
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+# Query heads, KV heads, head dim, block size.
+SIZES = [(4, 2, 16, 8), (6, 2, 20, 5), (8, 8, 64, 16), (32, 8, 128, 16)]
+NUM_BLOCKS, TABLE_BLOCKS = 70, 60
+
+
+def random_pages(
+    sizes: tuple[int, int, int, int], num_rows: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values, and block tables in a shuffled order."""
+    _, num_kv_heads, head_dim, block_size = sizes
+    shape = (NUM_BLOCKS, block_size, num_kv_heads, head_dim)
+    keys, values = (torch.randn(shape, device=DEVICE).to(dtype) for _ in range(2))
+    tables = torch.stack([torch.randperm(NUM_BLOCKS)[:TABLE_BLOCKS] for _ in range(num_rows)])
+    return keys, values, tables.int().to(DEVICE)
+
+
+def attention(
+    queries: Tensor, keys: Tensor, values: Tensor, table: Tensor, start: int, window: int | None
+) -> Tensor:
+    """queries [n, H, D] at positions from `start` on, in float32."""
+    num_queries, num_heads, head_dim = queries.shape
+    num_slots = start + num_queries
+    positions = torch.arange(num_slots, device=DEVICE)
+    slots = table[positions // keys.shape[1]].long() * keys.shape[1] + positions % keys.shape[1]
+    group = num_heads // keys.shape[2]
+    k, v = (x.flatten(0, 1)[slots].float().repeat_interleave(group, 1) for x in (keys, values))
+    at = start + torch.arange(num_queries, device=DEVICE)[:, None]
+    seen = positions <= at
+    if window is not None:
+        seen &= positions > at - window
+    scores = torch.einsum("qhd,nhd->hqn", queries.float(), k) / head_dim**0.5
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
+    return torch.einsum("hqn,nhd->qhd", weights, v)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_decode(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    from stage_worker.triton_decode import decode_attention, decode_scratch
+
+    torch.manual_seed(0)
+    num_heads, num_kv_heads, head_dim, block_size = sizes
+    lengths = [length for length in (1, 63, 64, 200, 290) if length <= block_size * TABLE_BLOCKS]
+    keys, values, tables = random_pages(sizes, len(lengths), dtype)
+    queries = torch.randn(len(lengths), num_heads + 3, head_dim, device=DEVICE).to(dtype)
+    queries = queries[:, :num_heads]
+    for size in (50, 10_000):
+        items: list[list[int]] = []
+        firsts = []
+        for row, length in enumerate(lengths):
+            starts = range(0, length, size)
+            firsts.append(len(items))
+            items += [[row, a, min(a + size, length), len(starts)] for a in starts]
+        items.append([-1, 0, 0, 0])
+        device = torch.device(DEVICE)
+        scratch = decode_scratch(
+            len(items), len(lengths), num_heads, num_kv_heads, head_dim, device
+        )
+        for _ in range(2):  # the second finds the counters as the first left them
+            output = torch.full(
+                (len(lengths), num_heads, head_dim), 9.0, device=DEVICE, dtype=dtype
+            )
+            decode_attention(
+                queries,
+                keys,
+                values,
+                tables,
+                torch.tensor(items, dtype=torch.int32, device=DEVICE),
+                torch.tensor(firsts, dtype=torch.int32, device=DEVICE),
+                scratch,
+                output,
+            )
+            for row, length in enumerate(lengths):
+                expected = attention(
+                    queries[row : row + 1], keys, values, tables[row], length - 1, None
+                )
+                assert float((output[row] - expected[0]).abs().max()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [None, 9, 100])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_prefill(sizes: tuple[int, int, int, int], window: int | None, dtype: torch.dtype) -> None:
+    from stage_worker.triton_prefill import prefill_attention, tokens_per_tile
+
+    torch.manual_seed(0)
+    num_heads, num_kv_heads, head_dim, _ = sizes
+    rows = [(0, 70), (33, 5), (100, 64), (180, 1)]  # start, tokens
+    keys, values, tables = random_pages(sizes, len(rows), dtype)
+    num_tokens = sum(count for _, count in rows)
+    queries = torch.randn(num_tokens, num_heads + 3, head_dim, device=DEVICE).to(dtype)
+    queries = queries[:, :num_heads]
+    size = tokens_per_tile(num_heads, num_kv_heads)
+    tiles = []
+    first = 0
+    for row, (start, count) in enumerate(rows):
+        tiles += [[row, first + i, start + i, min(size, count - i)] for i in range(0, count, size)]
+        first += count
+    output = torch.full((num_tokens, num_heads, head_dim), 9.0, device=DEVICE, dtype=dtype)
+    tile_tensor = torch.tensor(tiles, dtype=torch.int32, device=DEVICE)
+    prefill_attention(queries, keys, values, tables, tile_tensor, window, output)
+    first = 0
+    for row, (start, count) in enumerate(rows):
+        own = slice(first, first + count)
+        expected = attention(queries[own], keys, values, tables[row], start, window)
+        assert float((output[own] - expected).abs().max()) < TOLERANCE[dtype]
+        first += count
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("early", [False] if INTERPRETED else [False, True])
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(20, 100), (33, 1500), (512, 4096)])
+def test_matvec(num_outputs: int, num_inputs: int, early: bool, dtype: torch.dtype) -> None:
+    from stage_worker.triton_matvec import matvec
+
+    torch.manual_seed(0)
+    x, norm = (torch.randn(num_inputs, device=DEVICE).to(dtype) for _ in range(2))
+    addend, output = (torch.randn(num_outputs, device=DEVICE).to(dtype) for _ in range(2))
+    weight = (torch.randn(2 * num_outputs, num_inputs, device=DEVICE) / num_inputs**0.5).to(dtype)
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean() + 1e-5) * norm.float()
+    plain = weight[:num_outputs]
+    cases = [
+        (matvec(x, plain, output.clone(), early=early), plain.float() @ wide),
+        (
+            matvec(x, plain, addend.clone(), norm=norm, addend=addend, eps=1e-5, early=early),
+            plain.float() @ normed + addend.float(),
+        ),
+    ]
+    gate, up = (weight.float() @ normed).chunk(2)
+    gated = matvec(x, weight, output.clone(), norm=norm, gated=True, eps=1e-5, early=early)
+    cases.append((gated, torch.nn.functional.silu(gate) * up))
+    for got, expected in cases:
+        difference = (got.float() - expected).abs() / (1 + expected.abs())
+        assert float(difference.max()) < TOLERANCE[dtype]
