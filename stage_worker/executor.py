@@ -79,8 +79,9 @@ class StageExecutor:
             loaded.facts.block_size_tokens, self.spec.vocab_size, self._device
         )
         windows = self.spec.layer_windows[self._span.start : self._span.end]
-        tile = self._decoder.attention_tile
-        self._batches = BatchBuilder(windows, self.spec.rope, tile, self._dtype)
+        self._batches = BatchBuilder(
+            windows, self.spec.rope, self._decoder.attention, self.cache, self._dtype
+        )
         self._sampler = RowSampler(self._decoder.logits)
         self._stage, self._num_stages, self._num_blocks = 0, 0, 0
 

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from stage_worker.attention import Attention, fast_attention
-from stage_worker.invariant_attention import TILE, invariant_attention
+from stage_worker.attention import Attention
+from stage_worker.invariant_attention import TILE, invariant_kernel
+from stage_worker.padded_attention import PaddedAttention, fast_kernel
 from stagemesh.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """`attention_tile`: contexts are read in multiples of it; `packed`: linear layers are."""
+    """`packed`: linear layers are."""
 
-    attention: Attention
-    attention_tile: int
+    attention: Attention[Any]
     silu: Callable[[Tensor], Tensor]
     packed: bool
 
@@ -31,8 +32,8 @@ def _exact_silu(x: Tensor) -> Tensor:
     return x / (1.0 + torch.exp(-x))
 
 
-FAST = Kernels(fast_attention, 1, torch.nn.functional.silu, packed=False)
-INVARIANT = Kernels(invariant_attention, TILE, _exact_silu, packed=True)
+FAST = Kernels(PaddedAttention(fast_kernel, 1), torch.nn.functional.silu, packed=False)
+INVARIANT = Kernels(PaddedAttention(invariant_kernel, TILE), _exact_silu, packed=True)
 
 
 def choose_kernels(batch_invariant: bool, dtype: torch.dtype, device: torch.device) -> Kernels:
