@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from stage_worker.batch import BatchBuilder, PlacedRow
+from stage_worker.batch import PlacedRow
 from stage_worker.boundary_log import BoundaryLog
 from stage_worker.checkpoint import DTYPE_NAMES
 from stage_worker.loading import ExecutorConfig, ExecutorFacts, LoadedStage, load_stage
@@ -25,6 +25,7 @@ from stage_worker.payload import bytes_view, hidden_from_bytes
 from stage_worker.results import RowSampler
 from stage_worker.rope import inverse_frequencies
 from stage_worker.sequences import Sequence, SequenceTable
+from stage_worker.staging import to_device, to_host
 from stage_worker.warm_up import warm_up
 from stagemesh.errors import ProtocolError
 from stagemesh.plan import Row, RowResult, Step
@@ -72,16 +73,11 @@ class StageExecutor:
         self.log = loaded.log
         self.pages = PageStore(loaded.cache, loaded.log)
         self._span = loaded.span
-        self._decoder = loaded.decoder
+        self._decoder = loaded.decoding.decoder
+        self._batches = loaded.decoding.batches
         keys = loaded.cache.keys[0]
         self._dtype, self._device = keys.dtype, keys.device
-        self._table = SequenceTable(
-            loaded.facts.block_size_tokens, self.spec.vocab_size, self._device
-        )
-        windows = self.spec.layer_windows[self._span.start : self._span.end]
-        self._batches = BatchBuilder(
-            windows, self.spec.rope, self._decoder.attention, self.cache, self._dtype
-        )
+        self._table = SequenceTable(loaded.facts.block_size_tokens, self.spec.vocab_size)
         self._sampler = RowSampler(self._decoder.logits)
         self._stage, self._num_stages, self._num_blocks = 0, 0, 0
 
@@ -156,8 +152,8 @@ class StageExecutor:
             batch = self._batches.build(work.executed, self._stage)
             hidden = self._decoder.forward(hidden, batch)
             if not is_last:
-                hidden = hidden.to("cpu")
-                self.log.write(batch.slots.to("cpu"), hidden)
+                hidden = to_host(hidden)
+                self.log.write(batch.slots, hidden)
         if is_last:
             return self._output(hidden[:0], self._sampler.results(step, work.executed, hidden))
         return self._output(_joined(hidden, work, self.log), ())
@@ -185,7 +181,7 @@ class StageExecutor:
         if row.state is not None:
             frequencies = inverse_frequencies(
                 self.spec.rope, self.spec.head_dim, row.state.total_length
-            ).to(self._device)
+            )
         sequence = self._table.update(row, self._num_blocks, frequencies)
         from_log = row.input_from_log_of_stage == self._stage
         if from_log and not self.log.holds(sequence.slots_of(row)):
@@ -209,7 +205,8 @@ class StageExecutor:
         if not executed:
             return torch.empty(0, hidden_size, dtype=self._dtype, device=self._device)
         token_ids = [token for entry in executed for token in entry.row.token_ids]
-        return self._decoder.embed(torch.tensor(token_ids, device=self._device))
+        staged = torch.tensor(token_ids, pin_memory=self._device.type == "cuda")
+        return self._decoder.embed(to_device(staged, self._device))
 
     def _output(self, hidden: torch.Tensor, rows: tuple[RowResult, ...]) -> StageOutput:
         return StageOutput(
@@ -248,7 +245,7 @@ def _joined(hidden: torch.Tensor, work: _Work, log: BoundaryLog) -> torch.Tensor
     pieces = [
         hidden[entry.first : entry.first + entry.row.num_tokens]
         if isinstance(entry, PlacedRow)
-        else log.read(entry.sequence.slots_of(entry.row).to("cpu"))
+        else log.read(entry.sequence.slots_of(entry.row))
         for entry in work.sent
     ]
     return torch.cat(pieces) if pieces else hidden[:0]

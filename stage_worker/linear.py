@@ -29,6 +29,11 @@ class PlainLinear:
         self.weight = weight  # [O, I]
         self._bias = bias
 
+    @property
+    def bias(self) -> Tensor | None:
+        """[O]"""
+        return self._bias
+
     def __call__(self, x: Tensor) -> Tensor:
         return torch.nn.functional.linear(x, self.weight, self._bias)
 

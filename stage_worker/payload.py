@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from stage_worker.checkpoint import DTYPE_NAMES
+from stage_worker.staging import host_tensor, to_device, to_host
 from stagemesh.errors import ProtocolError
 
 
@@ -13,7 +14,7 @@ def bytes_view(hidden: Tensor) -> memoryview:
     """The tensor's bytes, without a copy where it is on the CPU; they live as long as the view."""
     if not hidden.numel():
         return memoryview(b"")
-    contiguous = hidden.detach().to("cpu").contiguous()
+    contiguous = to_host(hidden.detach()).contiguous()
     return contiguous.view(torch.uint8).numpy().data.cast("B")
 
 
@@ -28,7 +29,7 @@ def hidden_from_bytes(
 
     Copied rather than borrowed: a frame's payload may be read-only and lie at any address.
     """
-    hidden = torch.empty(shape, dtype=dtype)
+    hidden = host_tensor(shape, dtype, device)
     if hidden.nbytes and payload_dtype != DTYPE_NAMES[dtype]:
         raise ProtocolError(f"hidden states are {payload_dtype!r}, not {DTYPE_NAMES[dtype]}")
     if len(memoryview(payload).cast("B")) != hidden.nbytes:
@@ -37,4 +38,4 @@ def hidden_from_bytes(
         )
     if hidden.nbytes:
         hidden.view(torch.uint8).numpy().data.cast("B")[:] = payload
-    return hidden.to(device)
+    return to_device(hidden, device)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from stagemesh.errors import ProtocolError
@@ -30,6 +32,13 @@ class Sequence:
     frequencies: Tensor
     blocks: list[int] = field(default_factory=list)
     slots: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    _array: tuple[list[int], NDArray[np.int32]] | None = None
+
+    def block_array(self) -> NDArray[np.int32]:
+        """`blocks`, made once for each change of them."""
+        if self._array is None or self._array[0] is not self.blocks:
+            self._array = self.blocks, np.array(self.blocks, dtype=np.int32)
+        return self._array[1]
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -67,10 +76,12 @@ class Sequence:
 
 
 class SequenceTable:
-    def __init__(self, block_size_tokens: int, vocab_size: int, device: torch.device) -> None:
+    """Everything is on the host, whatever the device that KV is on."""
+
+    def __init__(self, block_size_tokens: int, vocab_size: int) -> None:
         self._block_size = block_size_tokens
         self._vocab_size = vocab_size
-        self._offsets = torch.arange(block_size_tokens, device=device)
+        self._offsets = torch.arange(block_size_tokens)
         self._held: dict[int, Sequence] = {}
 
     def __len__(self) -> int:
@@ -127,7 +138,7 @@ class SequenceTable:
             if not all(0 <= block < num_blocks for block in update.block_ids):
                 raise _refused(row, f"has a block outside of the pipeline's {num_blocks}")
             sequence.blocks = sequence.blocks[: update.first_index] + list(update.block_ids)
-            blocks = torch.tensor(sequence.blocks, dtype=torch.int64, device=self._offsets.device)
+            blocks = torch.tensor(sequence.blocks, dtype=torch.int64)
             sequence.slots = (blocks[:, None] * self._block_size + self._offsets).flatten()
 
     def _check_tokens(self, row: Row, token_ids: tuple[int, ...]) -> None:

@@ -32,6 +32,11 @@ def random_pages(
     return keys, values, tables.int().to(DEVICE)
 
 
+def offsets_of(tables: Tensor) -> Tensor:
+    """Where each row's table begins among all entries."""
+    return torch.arange(len(tables), dtype=torch.int32, device=DEVICE) * tables.shape[1]
+
+
 def attention(
     queries: Tensor, keys: Tensor, values: Tensor, table: Tensor, start: int, window: int | None
 ) -> Tensor:
@@ -82,7 +87,8 @@ def test_decode(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> None:
                 queries,
                 keys,
                 values,
-                tables,
+                tables.flatten(),
+                offsets_of(tables),
                 torch.tensor(items, dtype=torch.int32, device=DEVICE),
                 torch.tensor(firsts, dtype=torch.int32, device=DEVICE),
                 scratch,
@@ -108,7 +114,7 @@ def test_prefill(sizes: tuple[int, int, int, int], window: int | None, dtype: to
     num_tokens = sum(count for _, count in rows)
     queries = torch.randn(num_tokens, num_heads + 3, head_dim, device=DEVICE).to(dtype)
     queries = queries[:, :num_heads]
-    size = tokens_per_tile(num_heads, num_kv_heads)
+    size = tokens_per_tile(num_heads, num_kv_heads, head_dim, dtype.itemsize)
     tiles = []
     first = 0
     for row, (start, count) in enumerate(rows):
@@ -116,7 +122,9 @@ def test_prefill(sizes: tuple[int, int, int, int], window: int | None, dtype: to
         first += count
     output = torch.full((num_tokens, num_heads, head_dim), 9.0, device=DEVICE, dtype=dtype)
     tile_tensor = torch.tensor(tiles, dtype=torch.int32, device=DEVICE)
-    prefill_attention(queries, keys, values, tables, tile_tensor, window, output)
+    prefill_attention(
+        queries, keys, values, tables.flatten(), offsets_of(tables), tile_tensor, window, output
+    )
     first = 0
     for row, (start, count) in enumerate(rows):
         own = slice(first, first + count)
