@@ -5,8 +5,8 @@
 
 Between the matrix products, which are torch's, there is one kernel where the other decoder has
 several operations. For a lone token the products are kernels of ours as well, with norms, gate and
-residual in them, since nothing counts there but the bandwidth at which weights are read. Results are
-rounded less often than there, so half precision differs in the last bits.
+residual in them, since nothing counts there but the bandwidth at which weights are read. Results
+are rounded less often than there, so half precision differs in the last bits.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     N rows that a graph is for, one token each; E hidden size
 
-There is one for each of a few sizes, captured when the stage is loaded; a step is padded to the next
-size. Graphs share their memory, since only one runs at a time. What a graph computes is what the
-same pass computes without one, to the last bit.
+There is one for each of a few sizes, captured when the stage is loaded; a step is padded to the
+next size. Graphs share their memory, since only one runs at a time. What a graph computes is what
+the same pass computes without one, to the last bit.
 """
 
 from __future__ import annotations

@@ -30,6 +30,29 @@ class SampleRequest:
     output_token_ids: Sequence[int]
 
 
+def is_plain_greedy(spec: SamplingSpec) -> bool:
+    """Whether the token is the likeliest by the model's own logits, and no more is told of it."""
+    return (
+        spec.temperature == 0
+        and spec.num_logprobs is None
+        and spec.repetition_penalty == 1.0
+        and not spec.presence_penalty
+        and not spec.frequency_penalty
+        and not spec.logit_bias
+        and not (spec.min_tokens and spec.stop_token_ids)
+    )
+
+
+def greedy_tokens(logits: Tensor) -> list[int]:
+    """logits: [R, V] -> the likeliest token of each row, -1 where numbers are not finite.
+
+    What `sample` chooses for such rows, in one transfer from the device.
+    """
+    finite = torch.isfinite(logits).all(dim=1)
+    tokens: list[int] = torch.where(finite, logits.argmax(dim=1), -1).tolist()
+    return tokens
+
+
 def sample(logits: Tensor, requests: Sequence[SampleRequest]) -> list[SampledToken | None]:
     """logits: float32 [R, V], overwritten -> a token per row, None where numbers are not finite."""
     finite = torch.isfinite(logits).all(dim=1).tolist()

@@ -11,6 +11,7 @@ greedy, with all its steps' host work: from a step's plan to its tokens.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import tempfile
@@ -78,7 +79,8 @@ def _measure(
         found.append({
             "what": "decode", "batch": batch, "context": args.context, "step_ms": step_s * 1e3,
             "tokens_per_s": batch / step_s, "bytes": needed,
-            "of_bandwidth": needed / step_s / limits.bytes_per_s if limits else None,
+            "of_copy_bandwidth": needed / step_s / limits.copy_bytes_per_s if limits else None,
+            "of_read_bandwidth": needed / step_s / limits.read_bytes_per_s if limits else None,
         })  # fmt: skip
         print(json.dumps(found[-1]), flush=True)
     for num_tokens in args.prefill:
@@ -116,7 +118,8 @@ def main() -> None:
     limits = measure_limits(device) if device.type == "cuda" else None
     if limits is not None:
         print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}: copies at "
-              f"{limits.bytes_per_s / 1e12:.2f} TB/s, matrix products at "
+              f"{limits.copy_bytes_per_s / 1e12:.2f} TB/s, reads at "
+              f"{limits.read_bytes_per_s / 1e12:.2f} TB/s, matrix products at "
               f"{limits.flop_per_s / 1e12:.0f} TFLOP/s", flush=True)  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         model_dir = args.model_dir or Path(scratch)
@@ -134,7 +137,7 @@ def main() -> None:
             print(f"loaded in {stages.load_s} s", flush=True)
             found = _measure(stages, plans, shape, limits, args)
             result = {"shape": args.shape, "workers": args.workers, "load_s": stages.load_s,
-                      "limits": limits and [limits.bytes_per_s, limits.flop_per_s],
+                      "limits": limits and dataclasses.asdict(limits),
                       "measured": found}  # fmt: skip
     if args.json:
         args.json.write_text(json.dumps(result, indent=1))

@@ -159,3 +159,60 @@ def test_matvec(num_outputs: int, num_inputs: int, early: bool, dtype: torch.dty
     for got, expected in cases:
         difference = (got.float() - expected).abs() / (1 + expected.abs())
         assert float(difference.max()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(3, 100), (2, 4096)], ids=str)
+def test_norms_and_gate(size: tuple[int, int], dtype: torch.dtype) -> None:
+    from stage_worker.triton_layer import add_norm, gate, norm
+
+    torch.manual_seed(0)
+    hidden, delta = (torch.randn(size, device=DEVICE).to(dtype) for _ in range(2))
+    weight = torch.randn(size[1], device=DEVICE).to(dtype)
+    both = torch.randn(size[0], 2 * size[1], device=DEVICE).to(dtype)
+    assert _differ(norm(hidden, weight, 1e-5), _normed(hidden, weight)) < TOLERANCE[dtype]
+    added = (hidden.float() + delta.float()).to(dtype)
+    assert _differ(add_norm(hidden, delta, weight, 1e-5), _normed(added, weight)) < TOLERANCE[dtype]
+    assert torch.equal(hidden, added)
+    first, second = both.float().chunk(2, dim=1)
+    assert _differ(gate(both), torch.nn.functional.silu(first) * second) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_rotation(sizes: tuple[int, int, int, int], normed: bool, dtype: torch.dtype) -> None:
+    from stage_worker.rope import rotate
+    from stage_worker.triton_layer import rotate_and_write
+
+    torch.manual_seed(0)
+    num_heads, num_kv_heads, head_dim, _ = sizes
+    heads = torch.randn(5, num_heads + 2 * num_kv_heads, head_dim, device=DEVICE).to(dtype)
+    angle = torch.randn(5, 1, head_dim // 2, device=DEVICE)
+    norms = tuple(torch.randn(head_dim, device=DEVICE).to(dtype) for _ in range(2))
+    keys, values, _ = random_pages(sizes, 1, dtype)
+    slots = torch.tensor([7, 0, -1, 30, 12], dtype=torch.int32, device=DEVICE)
+    before = keys.clone(), values.clone()
+    found = rotate_and_write(
+        heads, angle.cos(), angle.sin(), slots, keys, values, norms if normed else None, 1e-5
+    )
+    parts = torch.split(heads.float(), [num_heads, num_kv_heads, num_kv_heads], dim=1)
+    queries, new_keys = (
+        rotate(_normed(x, norm) if normed else x, angle.cos(), angle.sin())
+        for x, norm in zip(parts, norms, strict=False)
+    )
+    assert _differ(found, queries) < TOLERANCE[dtype]
+    written = (slots >= 0).nonzero().flatten()
+    for pages, old, new in zip((keys, values), before, (new_keys, parts[2]), strict=True):
+        expected = old.flatten(0, 1).float()
+        expected[slots[written].long()] = new[written]
+        assert _differ(pages.flatten(0, 1), expected) < TOLERANCE[dtype]
+
+
+def _normed(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.float()
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * weight.float()
+
+
+def _differ(found: Tensor, expected: Tensor) -> float:
+    return float(((found.float() - expected).abs() / (1 + expected.abs())).max())
