@@ -171,7 +171,8 @@ def test_numbers_that_are_not_finite_fail_their_row_only(directory: Path) -> Non
     def poison(alive: list[Live]) -> None:
         if alive and alive[0].computed > 8 and not poisoned:
             poisoned.append(alive[0].sequence_id)
-            chain.stages[0].cache.values[0][list(alive[0].blocks)] = float("nan")
+            with torch.inference_mode():
+                chain.stages[0].cache.values[0][list(alive[0].blocks)] = float("nan")
 
     lives = chain.run([Wish(p, 16, spec) for p in some], before_step=poison)
     assert poisoned
