@@ -76,12 +76,15 @@ class CudaAttention:
         ends = np.array([row.start + 1 for row in rows], dtype=np.int32)
         begins = np.zeros_like(ends) if window is None else np.maximum(ends - window, 0)
         lengths = ends - begins
-        size = max(_MIN_ITEM_TOKENS, -(-int(lengths.sum()) // self._num_filling))
-        counts = -(-lengths // size)
+        # A row's share of the items, to the nearest: a piece that is left over would cost a merge.
+        shares = np.rint(lengths * (self._num_filling / int(lengths.sum())))
+        shares = np.clip(shares, 1, np.maximum(lengths // _MIN_ITEM_TOKENS, 1)).astype(np.int32)
+        sizes = -(-lengths // shares)
+        counts = -(-lengths // sizes)
         firsts = np.cumsum(counts, dtype=np.int32) - counts
         row_of = np.repeat(np.arange(len(rows)), counts)
-        begin = begins[row_of] + size * (np.arange(len(row_of)) - firsts[row_of])
-        end = np.minimum(begin + size, ends[row_of])
+        begin = begins[row_of] + sizes[row_of] * (np.arange(len(row_of)) - firsts[row_of])
+        end = np.minimum(begin + sizes[row_of], ends[row_of])
         items = np.stack((tokens[row_of], begin, end, counts[row_of]), axis=1, dtype=np.int32)
         return items, firsts
 

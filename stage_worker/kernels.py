@@ -1,4 +1,4 @@
-"""The kernels that a stage computes with, chosen once when it is loaded."""
+"""The kernels that a stage computes with but for linear layers, chosen once when it is loaded."""
 
 from __future__ import annotations
 
@@ -17,11 +17,8 @@ from stagemesh.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """`packed`: linear layers are."""
-
     attention: Attention[Any]
     silu: Callable[[Tensor], Tensor]
-    packed: bool
 
 
 def _exact_silu(x: Tensor) -> Tensor:
@@ -32,8 +29,8 @@ def _exact_silu(x: Tensor) -> Tensor:
     return x / (1.0 + torch.exp(-x))
 
 
-FAST = Kernels(PaddedAttention(fast_kernel, 1), torch.nn.functional.silu, packed=False)
-INVARIANT = Kernels(PaddedAttention(invariant_kernel, TILE), _exact_silu, packed=True)
+FAST = Kernels(PaddedAttention(fast_kernel, 1), torch.nn.functional.silu)
+INVARIANT = Kernels(PaddedAttention(invariant_kernel, TILE), _exact_silu)
 
 
 def choose_kernels(batch_invariant: bool, dtype: torch.dtype, device: torch.device) -> Kernels:

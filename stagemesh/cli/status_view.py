@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from protos import mesh_pb2, plan_pb2
+from stagemesh.cli.stage_bars import StageBars, stage_times
 from stagemesh.cli.worker_states import is_spare, state_word
 
 _STATE_STYLES = {
@@ -21,10 +22,15 @@ _STATE_STYLES = {
 }
 
 
-def render(status: mesh_pb2.GetStatusResponse) -> RenderableType:
+def render(
+    status: mesh_pb2.GetStatusResponse, before: mesh_pb2.GetStatusResponse | None = None
+) -> RenderableType:
+    """The bars of stages are of the time since `before`."""
     parts: list[RenderableType] = [_mesh(status), _workers(status)]
     parts += [_set_aside(worker) for worker in status.workers if worker.error]
-    parts += [_pipeline(pipeline) for pipeline in status.pipelines]
+    for pipeline in status.pipelines:
+        bars = StageBars(stage_times(pipeline, status, before))
+        parts.append(Group(*_pipeline(pipeline), bars))
     return Group(*_spaced([*parts, _queue(status.queue)]))
 
 
@@ -83,7 +89,7 @@ def _set_aside(worker: mesh_pb2.WorkerStatus) -> Text:
     return line
 
 
-def _pipeline(pipeline: mesh_pb2.PipelineStatus) -> Group:
+def _pipeline(pipeline: mesh_pb2.PipelineStatus) -> tuple[RenderableType, ...]:
     epoch = pipeline.epoch
     used = pipeline.num_blocks - pipeline.num_free_blocks
     line = Text()
@@ -104,7 +110,7 @@ def _pipeline(pipeline: mesh_pb2.PipelineStatus) -> Group:
     timings = {timing.stage: timing for timing in pipeline.mean_timings}
     for stage, worker_id in enumerate(pipeline.worker_ids):
         table.add_row(str(stage), worker_id or "(nobody)", *_hop(timings.get(stage)))
-    return Group(line, table)
+    return line, table
 
 
 def _mending(pipeline: mesh_pb2.PipelineStatus) -> str:

@@ -55,11 +55,8 @@ def struck(kind: Kind, who: str, at_ns: int = STRUCK_NS, for_ns: int = 0) -> Fau
 
 
 def tokens_executed(world: MeshWorld) -> dict[str, int]:
-    return {
-        name: worker.stage.num_tokens_executed
-        for name, worker in world.workers.items()
-        if worker.stage is not None
-    }
+    workers = world.workers.items()
+    return {name: worker.num_tokens_executed for name, worker in workers if worker.tenants}
 
 
 def test_a_calm_mesh_serves_with_one_epoch() -> None:

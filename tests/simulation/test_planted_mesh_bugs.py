@@ -9,7 +9,7 @@ from simulation.fake_gateway import FakeGateway, Held
 from simulation.fake_member import Member
 from simulation.fake_scheduler import FakeScheduler
 from simulation.fake_stage import BrokenPlan
-from simulation.fake_worker import FakeWorker
+from simulation.fake_tenants import Tenants
 from simulation.oracle import Violation
 from simulation.planting import caught_in_mesh
 
@@ -26,7 +26,7 @@ def is_wrong_token(error: Exception) -> bool:
 
 def workers_believe_what_they_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """That they have KV: else they object, and the mesh mends itself in spite of the bug."""
-    monkeypatch.setattr(FakeWorker, "has_kv_of", lambda self, pipeline_id: True)
+    monkeypatch.setattr(Tenants, "has_kv_of", lambda self, pipeline_id, from_end: True)
 
 
 def test_a_join_that_keeps_the_kv_of_another_incarnation(monkeypatch: pytest.MonkeyPatch) -> None:
