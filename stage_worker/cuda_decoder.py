@@ -24,6 +24,7 @@ from stage_worker.kv_cache import KvCache
 from stage_worker.linear import Linear, PlainLinear
 from stage_worker.rope import angles
 from stage_worker.staging import to_device
+from stage_worker.triton_greedy import likeliest
 from stage_worker.triton_layer import add_norm, gate, norm, rotate_and_write
 from stage_worker.triton_matvec import matvec, supports_early
 from stage_worker.weights import LayerWeights, StageWeights
@@ -100,15 +101,23 @@ class CudaDecoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, E] -> [T, V] float32; on the last stage."""
+        return self._products(hidden).float()
+
+    def greedy(self, hidden: Tensor) -> list[int]:
+        """[T, E] -> the likeliest token of each, -1 where numbers are not finite."""
+        tokens: list[int] = likeliest(self._products(hidden)).tolist()
+        return tokens
+
+    def _products(self, hidden: Tensor) -> Tensor:
+        """Logits in the dtype that is computed with."""
         final, head = self._weights.norm, self._weights.head
         assert final is not None
         assert head is not None
         eps = self._spec.rms_norm_eps
         if len(hidden) == 1 and isinstance(head, PlainLinear):
             output = hidden.new_empty(1, len(head.weight))
-            matvec(hidden, head.weight, output, norm=final, eps=eps, early=self._early)
-            return output.float()
-        return head(norm(hidden, final, eps)).float()
+            return matvec(hidden, head.weight, output, norm=final, eps=eps, early=self._early)
+        return head(norm(hidden, final, eps))
 
     def _layout(self, size: int) -> Layout:
         windows = tuple(dict.fromkeys(self._windows))

@@ -20,6 +20,7 @@ from stage_worker.attention import Attention
 from stage_worker.kernels import Kernels
 from stage_worker.kv_cache import KvCache
 from stage_worker.rope import rotate
+from stage_worker.sampler import greedy_tokens
 from stage_worker.weights import LayerWeights, StageWeights
 from stagemesh.model_spec import ModelSpec
 
@@ -86,6 +87,10 @@ class Decoder:
         assert self._weights.norm is not None
         assert self._weights.head is not None
         return self._weights.head(self._norm(hidden, self._weights.norm)).float()
+
+    def greedy(self, hidden: Tensor) -> list[int]:
+        """[T, E] -> the likeliest token of each, -1 where numbers are not finite."""
+        return greedy_tokens(self.logits(hidden))
 
     def _attention(self, hidden: Tensor, i: int, layer: LayerWeights, batch: Batch) -> Tensor:
         spec = self._spec

@@ -54,6 +54,10 @@ class StageDecoder(Protocol[B_contra]):
         """[T, E] -> [T, V] float32; on the last stage."""
         ...
 
+    def greedy(self, hidden: Tensor) -> list[int]:
+        """[T, E] -> the likeliest token of each, -1 where numbers are not finite."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Decoding:

@@ -86,7 +86,7 @@ class StageExecutor:
         keys = loaded.cache.keys[0]
         self._dtype, self._device = keys.dtype, keys.device
         self.wire_dtype = loaded.wire_dtype  # of hidden states that come and go
-        self._sampler = RowSampler(self._decoder.logits)
+        self._sampler = RowSampler(self._decoder.logits, self._decoder.greedy)
         # By whether its blocks are those from the end. Replaced, never changed: `num_sequences` is
         # asked by the event loop.
         self._tenancies: dict[bool, Tenancy] = {}

@@ -17,7 +17,6 @@ from stage_worker.batch import PlacedRow
 from stage_worker.sampler import (
     SampleRequest,
     describe,
-    greedy_tokens,
     is_plain_greedy,
     sample,
 )
@@ -35,10 +34,14 @@ class _Answer:
 
 
 class RowSampler:
-    """`logits` maps hidden states [n, E] to logits [n, V] in float32."""
+    """`logits` maps hidden states [n, E] to logits [n, V] in float32, `greedy` to the likeliest
+    token of each, -1 where numbers are not finite."""
 
-    def __init__(self, logits: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, logits: Callable[[Tensor], Tensor], greedy: Callable[[Tensor], list[int]]
+    ) -> None:
         self._logits = logits
+        self._greedy = greedy
 
     def results(self, step: Step, placed: Rows[PlacedRow], hidden: Tensor) -> tuple[RowResult, ...]:
         """One result per row of the step, in order; rows that passed this stage by have no content.
@@ -63,7 +66,7 @@ class RowSampler:
     ) -> None:
         """The common case, in which the device need be waited for only once. What is not finite in
         hidden states makes all logits NaN."""
-        tokens = greedy_tokens(self._logits(hidden)) if placed else []
+        tokens = self._greedy(hidden) if placed else []
         for entry, token in zip(placed, tokens, strict=True):
             answer, position = answers[id(entry.row)], entry.row.start + 1
             answer.failed = token < 0

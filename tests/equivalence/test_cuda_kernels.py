@@ -216,3 +216,19 @@ def _normed(x: Tensor, weight: Tensor) -> Tensor:
 
 def _differ(found: Tensor, expected: Tensor) -> float:
     return float(((found.float() - expected).abs() / (1 + expected.abs())).max())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [300, 9000])
+def test_likeliest_tokens(vocab: int, dtype: torch.dtype) -> None:
+    from stage_worker.sampler import greedy_tokens
+    from stage_worker.triton_greedy import likeliest
+
+    torch.manual_seed(0)
+    logits = torch.randn(7, vocab, device=DEVICE).to(dtype)
+    logits[1, 17] = logits[1, 200] = logits[1].max() + 1  # of equal ones the lowest
+    logits[2, 3], logits[3, -1], logits[4, 5] = float("nan"), float("inf"), -float("inf")
+    logits[5] = -logits[5].abs() - 1  # nothing is above what is padded
+    found = likeliest(logits).tolist()
+    assert found == greedy_tokens(logits.float())
+    assert found[1:5] == [17, -1, -1, -1]
