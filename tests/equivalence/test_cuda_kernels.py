@@ -232,3 +232,25 @@ def test_likeliest_tokens(vocab: int, dtype: torch.dtype) -> None:
     found = likeliest(logits).tolist()
     assert found == greedy_tokens(logits.float())
     assert found[1:5] == [17, -1, -1, -1]
+
+
+def test_items_cover_every_context_once() -> None:
+    from stage_worker.cuda_attention import CudaAttention, Span
+
+    spec = ModelSpec.from_directory(DEMO_MODEL)
+    attention = CudaAttention(spec, torch.float32, torch.device(DEVICE))
+    generator = random.Random(0)
+    for num_rows, longest, window in itertools.product(
+        (1, 3, 20, 200), (300, 40000), (None, 100, 1000)
+    ):
+        rows = [Span(i, 1, generator.randrange(longest)) for i in range(num_rows)]
+        items, firsts = attention.plan_items(rows, window)
+        assert len(items) <= attention.max_items(num_rows)
+        for row, first in zip(rows, firsts, strict=True):
+            own = items[first : first + items[first, 3]]
+            assert (own[:, 0] == row.first).all()
+            assert (own[:, 3] == len(own)).all()
+            assert own[0, 1] == (0 if window is None else max(0, row.start + 1 - window))
+            assert own[-1, 2] == row.start + 1
+            assert (own[1:, 1] == own[:-1, 2]).all()
+            assert (own[:, 1] < own[:, 2]).all()
