@@ -13,9 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from stage_worker.kv_cache import KvCache
@@ -25,8 +23,6 @@ from stagemesh.model_spec import ModelSpec
 
 if TYPE_CHECKING:
     from stage_worker.cuda_layout import DeviceBatch
-
-Ints = NDArray[np.int32]
 
 # An item has at least so many positions: putting many short ones together costs more than it saves.
 _MIN_ITEM_TOKENS = 256
@@ -70,33 +66,35 @@ class CudaAttention:
         """How many items so many rows may be cut into."""
         return num_rows + self._num_filling
 
-    def plan_items(self, rows: Sequence[Span], window: int | None) -> tuple[Ints, Ints]:
-        """Items [W, 4] of rows of one token each, and the first item of each [R]."""
-        tokens = np.array([row.first for row in rows], dtype=np.int32)
-        ends = np.array([row.start + 1 for row in rows], dtype=np.int32)
-        begins = np.zeros_like(ends) if window is None else np.maximum(ends - window, 0)
-        lengths = ends - begins
-        # A row's share of the items, to the nearest: a piece that is left over would cost a merge.
-        shares = np.rint(lengths * (self._num_filling / int(lengths.sum())))
-        shares = np.clip(shares, 1, np.maximum(lengths // _MIN_ITEM_TOKENS, 1)).astype(np.int32)
-        sizes = -(-lengths // shares)
-        counts = -(-lengths // sizes)
-        firsts = np.cumsum(counts, dtype=np.int32) - counts
-        row_of = np.repeat(np.arange(len(rows)), counts)
-        begin = begins[row_of] + sizes[row_of] * (np.arange(len(row_of)) - firsts[row_of])
-        end = np.minimum(begin + sizes[row_of], ends[row_of])
-        items = np.stack((tokens[row_of], begin, end, counts[row_of]), axis=1, dtype=np.int32)
+    def plan_items(self, rows: Sequence[Span], window: int | None) -> tuple[list[int], list[int]]:
+        """Items [W * 4] of rows of one token each, and the first item of each [R].
+
+        Plain lists: for the few rows of a step, numpy would take longer.
+        """
+        lengths = [row.start + 1 if window is None else min(row.start + 1, window) for row in rows]
+        per_token = self._num_filling / sum(lengths)
+        items: list[int] = []
+        firsts: list[int] = []
+        for row, length in zip(rows, lengths, strict=True):
+            # The row's share, to the nearest: a piece that is left over would cost a merge.
+            share = min(round(length * per_token), length // _MIN_ITEM_TOKENS)
+            size = -(-length // max(share, 1))
+            end = row.start + 1
+            starts = range(end - length, end, size)
+            firsts.append(len(items) // 4)
+            for start in starts:
+                items += (row.first, start, min(start + size, end), len(starts))
         return items, firsts
 
-    def plan_tiles(self, rows: Sequence[Span]) -> Ints:
-        """Tiles [P, 4] of rows of several tokens; those that see most come first."""
+    def plan_tiles(self, rows: Sequence[Span]) -> list[int]:
+        """Tiles [P * 4] of rows of several tokens; those that see most come first."""
         tiles = [
             (row.first, row.first + i, row.start + i, min(self._tile_tokens, row.num_tokens - i))
             for row in rows
             for i in range(0, row.num_tokens, self._tile_tokens)
         ]
         tiles.sort(key=lambda tile: -tile[2])
-        return np.array(tiles, dtype=np.int32).reshape(-1, 4)
+        return [number for tile in tiles for number in tile]
 
     def scratch(self, batch: DeviceBatch) -> Scratch:
         """What the layers of one pass use one after another."""
@@ -124,8 +122,6 @@ class CudaAttention:
         cache: KvCache,
         layer: int,
         scratch: Scratch,
-        *,
-        early: bool,
     ) -> Tensor:
         """queries: [T, H, D], whose own keys and values are written already -> [T, H * D].
 
@@ -140,6 +136,6 @@ class CudaAttention:
         if len(items):
             decode_attention(
                 queries, keys, values, batch.tables, batch.offsets, items, batch.firsts[window],
-                scratch.partials, output, early=early,
+                scratch.partials, output,
             )  # fmt: skip
         return output.flatten(1)

@@ -59,9 +59,8 @@ class CudaDecoder:
         layouts = [self._layout(size) for size in sizes]
         self._graphs: DecodeGraphs | None = None
         if layouts:
-            self._graphs = DecodeGraphs(
-                self._layers, layouts, spec.hidden_size, dtype, self._device
-            )
+            hidden_size = spec.hidden_size if weights.embedding is None else None
+            self._graphs = DecodeGraphs(self._layers, layouts, hidden_size, dtype, self._device)
         self._use_graphs = use_graphs and self._device.type == "cuda"
 
     def prepare(self, frequencies: Tensor) -> None:
@@ -82,18 +81,11 @@ class CudaDecoder:
             device=self._device,
         )
 
-    def embed(self, token_ids: Tensor) -> Tensor:
-        """[T] -> [T, E]; on the first stage."""
-        assert self._weights.embedding is not None
-        return torch.nn.functional.embedding(token_ids, self._weights.embedding).to(self._dtype)
-
-    def forward(self, hidden: Tensor, batch: CudaBatch) -> Tensor:
-        """[T, E], which may be changed -> [T, E] through the stage's layers; writes their KV.
-
-        The result may be overwritten by the next call.
-        """
+    def forward(self, hidden: Tensor | None, batch: CudaBatch) -> Tensor:
+        """As a `StageDecoder` does it."""
         if batch.graph_size is not None and self._graphs is not None:
-            return self._graphs.run(hidden, batch.metadata, batch.graph_size)
+            output = self._graphs.run(hidden, batch.metadata, batch.graph_size)
+            return output[: len(batch.row_slots)]
         if not self._shared_frequencies:
             self._frequencies = batch.frequencies.to(self._device)
         metadata = to_device(batch.metadata, self._device)
@@ -123,8 +115,12 @@ class CudaDecoder:
         windows = tuple(dict.fromkeys(self._windows))
         return Layout(size, self._attention.max_items(size), 0, windows)
 
-    def _layers(self, hidden: Tensor, batch: DeviceBatch) -> Tensor:
+    def _layers(self, hidden: Tensor | None, batch: DeviceBatch) -> Tensor:
         assert self._frequencies is not None
+        if hidden is None:
+            assert self._weights.embedding is not None
+            hidden = torch.nn.functional.embedding(batch.token_ids, self._weights.embedding)
+            hidden = hidden.to(self._dtype)
         rope = self._spec.rope
         cos, sin = angles(batch.positions, self._frequencies, rope.attention_factor)
         step = _Pass(batch, cos, sin, self._attention.scratch(batch))
@@ -146,7 +142,7 @@ class CudaDecoder:
             normed = norm(hidden, layer.input_norm, eps)
         else:
             normed = add_norm(hidden, delta, layer.input_norm, eps)
-        delta = layer.output(self._attend(layer.qkv(normed), i, layer, step, early=False))
+        delta = layer.output(self._attend(layer.qkv(normed), i, layer, step))
         normed = add_norm(hidden, delta, layer.post_attention_norm, eps)
         return layer.down(gate(layer.gate_up(normed)))
 
@@ -160,7 +156,7 @@ class CudaDecoder:
         matvec(
             hidden, qkv.weight, heads, norm=layer.input_norm, addend=qkv.bias, eps=eps, early=early
         )
-        attended = self._attend(heads, i, layer, step, early=early)
+        attended = self._attend(heads, i, layer, step)
         matvec(attended, output.weight, hidden, addend=hidden, early=early)
         gated = hidden.new_empty(1, len(gate_up.weight) // 2)
         matvec(
@@ -174,9 +170,7 @@ class CudaDecoder:
         )
         matvec(gated, down.weight, hidden, addend=hidden, early=early)
 
-    def _attend(
-        self, heads: Tensor, i: int, layer: LayerWeights, step: _Pass, *, early: bool
-    ) -> Tensor:
+    def _attend(self, heads: Tensor, i: int, layer: LayerWeights, step: _Pass) -> Tensor:
         """heads: [T, (H + 2 * K) * D], before norm and rotation -> [T, H * D]."""
         norms = None
         if layer.query_norm is not None and layer.key_norm is not None:
@@ -190,12 +184,9 @@ class CudaDecoder:
             self._cache.values[i],
             norms,
             self._spec.rms_norm_eps,
-            early,
         )
         window = self._windows[i]
-        return self._attention.attend(
-            queries, step.batch, window, self._cache, i, step.scratch, early=early
-        )
+        return self._attention.attend(queries, step.batch, window, self._cache, i, step.scratch)
 
 
 class _Pass:

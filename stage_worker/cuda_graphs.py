@@ -25,13 +25,14 @@ _WARM_UPS = 2
 
 
 class DecodeGraphs:
-    """`forward` maps hidden states [N, E] to those after the layers; it may change its input."""
+    """`forward` maps hidden states [N, E], or the batch's token ids where there are none, to hidden
+    states after the layers; it may change its input."""
 
     def __init__(
         self,
-        forward: Callable[[Tensor, DeviceBatch], Tensor],
+        forward: Callable[[Tensor | None, DeviceBatch], Tensor],
         layouts: Sequence[Layout],
-        hidden_size: int,
+        hidden_size: int | None,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -39,15 +40,18 @@ class DecodeGraphs:
         self._layouts = {layout.num_tokens: layout for layout in layouts}
         largest = max(self._layouts)
         longest = max(layout.tables_at for layout in layouts) + MAX_TABLE_ENTRIES
-        self._hidden = torch.zeros(largest, hidden_size, dtype=dtype, device=device)
-        self._metadata = torch.full((longest,), -1, dtype=torch.int32, device=device)
+        self._hidden: Tensor | None = None
+        if hidden_size is not None:
+            self._hidden = torch.zeros(largest, hidden_size, dtype=dtype, device=device)
+        self._metadata = torch.zeros(longest, dtype=torch.int32, device=device)
         self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     def capture(self) -> None:
-        """All of them, the largest first, so that the others find its memory. Nothing is written
-        to any page."""
+        """All of them, the largest first, so that the others find its memory. No page is read or
+        written."""
         pool = None
         for size in sorted(self._layouts, reverse=True):
+            self._empty(size)
             self._warm_up(size)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
@@ -55,22 +59,32 @@ class DecodeGraphs:
             pool = pool or graph.pool()
             self._captured[size] = graph, output
 
-    def run(self, hidden: Tensor, metadata: Tensor, size: int) -> Tensor:
+    def run(self, hidden: Tensor | None, metadata: Tensor, size: int) -> Tensor:
         """hidden: [n, E] with n <= size; metadata: on the host, as the size's layout says.
 
-        [n, E], which the next step overwrites.
+        [size, E], of which the first n count, and which the next step overwrites.
         """
-        self._hidden[: len(hidden)].copy_(hidden)
-        self._hidden[len(hidden) : size].zero_()
+        if self._hidden is not None and hidden is not None:
+            self._hidden[: len(hidden)].copy_(hidden)
+            self._hidden[len(hidden) : size].zero_()
         self._metadata[: len(metadata)].copy_(metadata, non_blocking=True)
         if size not in self._captured:
-            return self._pass(size)[: len(hidden)]
+            return self._pass(size)
         graph, output = self._captured[size]
         graph.replay()
-        return output[: len(hidden)]
+        return output
 
     def _pass(self, size: int) -> Tensor:
-        return self._forward(self._hidden[:size], self._layouts[size].views(self._metadata))
+        hidden = None if self._hidden is None else self._hidden[:size]
+        return self._forward(hidden, self._layouts[size].views(self._metadata))
+
+    def _empty(self, size: int) -> None:
+        """A step of no rows, only of what they are filled up with."""
+        batch = self._layouts[size].views(self._metadata)
+        for section in (batch.slots, *batch.items.values()):
+            section.fill_(-1)
+        for section in (batch.token_ids, batch.positions):
+            section.zero_()
 
     def _warm_up(self, size: int) -> None:
         """Compiles kernels and has libraries choose theirs, which must not happen in a capture."""

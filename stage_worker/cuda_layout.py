@@ -22,10 +22,11 @@ _ALIGNMENT = 4
 class DeviceBatch:
     """What a forward pass reads on the device; the kernels say what each holds.
 
-    positions, slots (-1: not written), offsets: [T]; tables: [M]; tiles: [P, 4];
-    items: [W, 4] and firsts: [T] per window.
+    token_ids (used on the first stage), positions, slots (-1: not written), offsets: [T];
+    tables: [M]; tiles: [P, 4]; items: [W, 4] and firsts: [T] per window.
     """
 
+    token_ids: Tensor
     positions: Tensor
     slots: Tensor
     offsets: Tensor
@@ -43,29 +44,58 @@ class Layout:
     windows: tuple[int | None, ...]
 
     @property
+    def token_ids_at(self) -> int:
+        return 0
+
+    @property
+    def positions_at(self) -> int:
+        return self._section
+
+    @property
+    def slots_at(self) -> int:
+        return 2 * self._section
+
+    @property
+    def offsets_at(self) -> int:
+        return 3 * self._section
+
+    def items_at(self, index: int) -> int:
+        """Of the window with that index; the first items of its rows come after them."""
+        return 4 * self._section + index * (4 * self.num_items + self._section)
+
+    def firsts_at(self, index: int) -> int:
+        return self.items_at(index) + 4 * self.num_items
+
+    @property
+    def tiles_at(self) -> int:
+        return self.items_at(len(self.windows))
+
+    @property
     def tables_at(self) -> int:
-        """Entries before the block tables."""
-        per_window = _aligned(self.num_tokens) + 4 * self.num_items
-        tokens = 3 * _aligned(self.num_tokens)
-        return tokens + len(self.windows) * per_window + 4 * self.num_tiles
+        return self.tiles_at + 4 * self.num_tiles
 
     def views(self, array: Tensor) -> DeviceBatch:
-        """The sections of [tables_at + M] numbers, on whatever device."""
-        rest = array
+        """The sections of [tables_at + M] numbers."""
 
-        def take(count: int) -> Tensor:
-            nonlocal rest
-            taken, rest = rest[:count], rest[_aligned(count) :]
-            return taken
+        def section(start: int, count: int) -> Tensor:
+            return array[start : start + count]
 
-        positions, slots, offsets = (take(self.num_tokens) for _ in range(3))
         items, firsts = {}, {}
-        for window in self.windows:
-            items[window] = take(4 * self.num_items).view(-1, 4)
-            firsts[window] = take(self.num_tokens)
-        tiles = take(4 * self.num_tiles).view(-1, 4)
-        return DeviceBatch(positions, slots, offsets, items, firsts, tiles, rest)
+        for i, window in enumerate(self.windows):
+            items[window] = section(self.items_at(i), 4 * self.num_items).view(-1, 4)
+            firsts[window] = section(self.firsts_at(i), self.num_tokens)
+        return DeviceBatch(
+            token_ids=section(self.token_ids_at, self.num_tokens),
+            positions=section(self.positions_at, self.num_tokens),
+            slots=section(self.slots_at, self.num_tokens),
+            offsets=section(self.offsets_at, self.num_tokens),
+            items=items,
+            firsts=firsts,
+            tiles=section(self.tiles_at, 4 * self.num_tiles).view(-1, 4),
+            tables=array[self.tables_at :],
+        )
 
-
-def _aligned(count: int) -> int:
-    return -(-count // _ALIGNMENT) * _ALIGNMENT
+    @property
+    def _section(self) -> int:
+        """Numbers that a section of T takes."""
+        return -(-self.num_tokens // _ALIGNMENT) * _ALIGNMENT

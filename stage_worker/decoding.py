@@ -39,14 +39,11 @@ class Batches(Protocol[B_co]):
 
 
 class StageDecoder(Protocol[B_contra]):
-    def embed(self, token_ids: Tensor) -> Tensor:
-        """[T] -> [T, E]; on the first stage."""
-        ...
-
-    def forward(self, hidden: Tensor, batch: B_contra) -> Tensor:
+    def forward(self, hidden: Tensor | None, batch: B_contra) -> Tensor:
         """[T, E], which may be changed -> [T, E] through the stage's layers; writes their KV.
 
-        The result may be overwritten by the next call.
+        On the first stage there is no input: it embeds the batch's token ids. The result may be
+        overwritten by the next call.
         """
         ...
 

@@ -28,7 +28,7 @@ from stage_worker.payload import check_wire_dtype, hidden_as_bytes, hidden_from_
 from stage_worker.results import RowSampler
 from stage_worker.rope import inverse_frequencies
 from stage_worker.sequences import Sequence, SequenceTable
-from stage_worker.staging import to_device, to_host
+from stage_worker.staging import to_host
 from stage_worker.tenancy import Tenancy
 from stage_worker.warm_up import warm_up
 from stagemesh.errors import ProtocolError
@@ -170,10 +170,11 @@ class StageExecutor:
         for gone in step.forget:
             tenancy.sequences.forget(gone)
         work = self._take_rows(step, tenancy)
-        hidden = self._input(work.executed, tenancy.stage, payload, payload_dtype)
+        received = self._input(work.executed, tenancy.stage, payload, payload_dtype)
+        hidden = torch.empty(0, self.spec.hidden_size, dtype=self._dtype)
         if work.executed:
             batch = self._batches.build(work.executed, tenancy.stage)
-            hidden = self._decoder.forward(hidden, batch)
+            hidden = self._decoder.forward(received, batch)
             if not tenancy.is_last:
                 hidden = to_host(hidden)
                 self.log.write(tenancy.log_slots(batch.slots), hidden)
@@ -229,18 +230,14 @@ class StageExecutor:
         stage: int,
         payload: bytes | bytearray | memoryview,
         payload_dtype: str,
-    ) -> Tensor:
-        hidden_size = self.spec.hidden_size
-        if stage > 0:
-            shape = (sum(entry.row.num_tokens for entry in executed), hidden_size)
-            if executed:
-                check_wire_dtype(payload_dtype, self.wire_dtype)
-            return hidden_from_bytes(payload, self.wire_dtype, shape, self._dtype, self._device)
-        if not executed:
-            return torch.empty(0, hidden_size, dtype=self._dtype, device=self._device)
-        token_ids = [token for entry in executed for token in entry.row.token_ids]
-        staged = torch.tensor(token_ids, pin_memory=self._device.type == "cuda")
-        return self._decoder.embed(to_device(staged, self._device))
+    ) -> Tensor | None:
+        """None on the first stage, whose input are the rows' tokens."""
+        if stage == 0:
+            return None
+        shape = (sum(entry.row.num_tokens for entry in executed), self.spec.hidden_size)
+        if executed:
+            check_wire_dtype(payload_dtype, self.wire_dtype)
+        return hidden_from_bytes(payload, self.wire_dtype, shape, self._dtype, self._device)
 
     def _output(self, hidden: Tensor, rows: tuple[RowResult, ...]) -> StageOutput:
         return StageOutput(

@@ -18,7 +18,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _LOG2_E = 1.4426950408889634
 _MERGED_ITEMS = 8
@@ -127,11 +126,7 @@ def _decode(
     BLOCK_GD: tl.constexpr,
     TILE: tl.constexpr,
     NUM_MERGED: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
     item, kv_head = tl.program_id(0), tl.program_id(1)
     row = tl.load(items + item * 4)
     if row < 0:
@@ -180,13 +175,10 @@ def decode_attention(
     firsts: Tensor,
     scratch: tuple[Tensor, Tensor, Tensor],
     output: Tensor,
-    *,
-    early: bool = False,
 ) -> None:
     """queries: [R, H, D]; keys, values: [N, O, K, D] -> output: [R, H, D], of rows with items.
 
-    Tables to firsts are as the kernel has them; scratch is what `decode_scratch` made. `early`:
-    programmatic dependent launch, for both neighbours.
+    Tables to firsts are as the kernel has them; scratch is what `decode_scratch` made.
     """
     _, num_heads, head_dim = queries.shape
     _, block_size, num_kv_heads, _ = keys.shape
@@ -216,10 +208,8 @@ def decode_attention(
         BLOCK_GD=triton.next_power_of_2(group * head_dim),
         TILE=_tile_tokens(head_dim, queries.itemsize),
         NUM_MERGED=_MERGED_ITEMS,
-        EARLY=early,
         num_warps=4,
         num_stages=2,
-        **({"launch_pdl": True} if early else {}),
     )
 
 

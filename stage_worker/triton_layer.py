@@ -14,7 +14,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _HEADS_PER_PROGRAM = 4
 _GATE_BLOCK = 1024
@@ -89,11 +88,7 @@ def _rotate_and_write(
     BLOCK_H: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     NORM: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
     HALF: tl.constexpr = D // 2
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -178,7 +173,6 @@ def rotate_and_write(
     values: Tensor,
     norms: tuple[Tensor, Tensor] | None,
     eps: float,
-    early: bool = False,
 ) -> Tensor:
     """heads: [T, H + 2 * K, D] -> queries [T, H, D], normed and rotated.
 
@@ -207,8 +201,6 @@ def rotate_and_write(
         BLOCK_H=_HEADS_PER_PROGRAM,
         BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
         NORM=norms is not None,
-        EARLY=early,
         num_warps=4,
-        **({"launch_pdl": True} if early else {}),
     )
     return queries

@@ -3,11 +3,16 @@ interpreter where TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 
+import itertools
 import os
+import random
 
 import pytest
 import torch
+from support.paths import DEMO_MODEL
 from torch import Tensor
+
+from stagemesh.model_spec import ModelSpec
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(
@@ -244,7 +249,8 @@ def test_items_cover_every_context_once() -> None:
         (1, 3, 20, 200), (300, 40000), (None, 100, 1000)
     ):
         rows = [Span(i, 1, generator.randrange(longest)) for i in range(num_rows)]
-        items, firsts = attention.plan_items(rows, window)
+        numbers, firsts = attention.plan_items(rows, window)
+        items = torch.tensor(numbers).view(-1, 4)
         assert len(items) <= attention.max_items(num_rows)
         for row, first in zip(rows, firsts, strict=True):
             own = items[first : first + items[first, 3]]

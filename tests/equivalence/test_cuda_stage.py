@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() or INTERPRETED), reason="needs a CUDA device"
 )
 DEVICE = "cpu" if INTERPRETED else "cuda"
-NUM_TOKENS = 3 if INTERPRETED else 32
+NUM_TOKENS = 2 if INTERPRETED else 32
 MODELS = [
     TinyModel("llama", "LlamaConfig", {"num_key_value_heads": 4}, 2),
     TinyModel("llama-head-dim", "LlamaConfig", {"head_dim": 24, "num_key_value_heads": 1}),
