@@ -1,0 +1,1 @@
+"""How near a stage on a CUDA device comes to the device's limits."""
