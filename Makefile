@@ -6,6 +6,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PROTOS := $(wildcard protos/*.proto)
 SEED ?= 0
+COMPUTING := tests/unit tests/simulation tests/equivalence
+RUNNING := tests/integration tests/chaos tests/compose
 
 # Made again when what they depend on has changed.
 RUNTIME := $(VENV)/.stagemesh-runtime
@@ -21,7 +23,7 @@ help:
 	@echo "make check       ruff, mypy, import-linter"
 	@echo "make format      ruff format, and what ruff can fix"
 	@echo "make sim SEED=7  one seed of the simulator; ARGS='--num-seeds 1000 --quiet': more"
-	@echo "make bench       how fast"
+	@echo "make bench       how fast; ARGS='--stages 1,2 --batch 1,8 --out found' says what"
 	@echo "make protos      the stubs from the .proto files"
 	@echo "make clean       removes the environment and what was built"
 
@@ -40,8 +42,14 @@ demo: $(RUNTIME)
 up: $(RUNTIME)
 	@$(BIN)/stagemesh up $(ARGS)
 
+# What only computes runs on all cores at once; what runs meshes has the machine to itself.
 test: $(DEV)
+ifeq ($(ARGS),)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal $(COMPUTING)
+	$(BIN)/python -m pytest $(RUNNING)
+else
 	$(BIN)/python -m pytest $(ARGS)
+endif
 
 check: $(DEV)
 	$(BIN)/ruff check .
@@ -62,7 +70,7 @@ sim: $(DEV)
 	$(BIN)/python tests/simulation/run.py $(SEED) $(ARGS)
 
 bench: $(DEV)
-	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/stagemesh bench $(ARGS)
 
 clean:
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -73,7 +73,7 @@ class WorkerCommand(_message.Message):
     def __init__(self, welcome: _Optional[_Union[WelcomeWorker, _Mapping]] = ..., load_span: _Optional[_Union[LoadSpan, _Mapping]] = ..., join_epoch: _Optional[_Union[JoinEpoch, _Mapping]] = ..., leave_epoch: _Optional[_Union[LeaveEpoch, _Mapping]] = ..., refused: _Optional[_Union[_plan_pb2.Error, _Mapping]] = ..., shutdown: _Optional[_Union[ShutdownWorker, _Mapping]] = ...) -> None: ...
 
 class RegisterWorker(_message.Message):
-    __slots__ = ("protocol_version", "worker_id", "incarnation", "address", "model", "fixed_span", "loaded", "device", "dtype", "batch_invariant", "pid", "stagemesh_version", "max_kv_memory_bytes", "available_memory_bytes", "followed_term")
+    __slots__ = ("protocol_version", "worker_id", "incarnation", "address", "model", "fixed_span", "loaded", "device", "dtype", "batch_invariant", "pid", "stagemesh_version", "max_kv_memory_bytes", "available_memory_bytes", "followed_term", "wire_dtype", "quantization")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -89,6 +89,8 @@ class RegisterWorker(_message.Message):
     MAX_KV_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     AVAILABLE_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     FOLLOWED_TERM_FIELD_NUMBER: _ClassVar[int]
+    WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     worker_id: str
     incarnation: int
@@ -104,7 +106,9 @@ class RegisterWorker(_message.Message):
     max_kv_memory_bytes: int
     available_memory_bytes: int
     followed_term: int
-    def __init__(self, protocol_version: _Optional[int] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., model: _Optional[_Union[ModelSummary, _Mapping]] = ..., fixed_span: _Optional[_Union[LayerSpan, _Mapping]] = ..., loaded: _Optional[_Union[SpanLoaded, _Mapping]] = ..., device: _Optional[str] = ..., dtype: _Optional[_Union[_plan_pb2.DType, str]] = ..., batch_invariant: bool = ..., pid: _Optional[int] = ..., stagemesh_version: _Optional[str] = ..., max_kv_memory_bytes: _Optional[int] = ..., available_memory_bytes: _Optional[int] = ..., followed_term: _Optional[int] = ...) -> None: ...
+    wire_dtype: _plan_pb2.DType
+    quantization: str
+    def __init__(self, protocol_version: _Optional[int] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., model: _Optional[_Union[ModelSummary, _Mapping]] = ..., fixed_span: _Optional[_Union[LayerSpan, _Mapping]] = ..., loaded: _Optional[_Union[SpanLoaded, _Mapping]] = ..., device: _Optional[str] = ..., dtype: _Optional[_Union[_plan_pb2.DType, str]] = ..., batch_invariant: bool = ..., pid: _Optional[int] = ..., stagemesh_version: _Optional[str] = ..., max_kv_memory_bytes: _Optional[int] = ..., available_memory_bytes: _Optional[int] = ..., followed_term: _Optional[int] = ..., wire_dtype: _Optional[_Union[_plan_pb2.DType, str]] = ..., quantization: _Optional[str] = ...) -> None: ...
 
 class ModelSummary(_message.Message):
     __slots__ = ("name", "architecture", "num_layers", "hidden_size", "vocab_size", "max_position", "layer_bytes", "embedding_bytes", "head_bytes", "structure_hash", "part_hashes", "dynamic_rope_length")
@@ -156,7 +160,7 @@ class WorkerHeartbeat(_message.Message):
     def __init__(self, stats: _Optional[_Union[WorkerStats, _Mapping]] = ...) -> None: ...
 
 class WorkerStats(_message.Message):
-    __slots__ = ("rss_anon_bytes", "steps_executed", "rows_executed", "tokens_executed", "compute_ns", "idle_ns", "steps_queued", "bytes_sent", "messages_sent", "sequences_held", "available_memory_bytes", "blocks_received")
+    __slots__ = ("rss_anon_bytes", "steps_executed", "rows_executed", "tokens_executed", "compute_ns", "idle_ns", "steps_queued", "bytes_sent", "messages_sent", "sequences_held", "available_memory_bytes", "blocks_received", "busy_ns", "output_wait_ns", "serialise_ns", "input_wait_ns")
     RSS_ANON_BYTES_FIELD_NUMBER: _ClassVar[int]
     STEPS_EXECUTED_FIELD_NUMBER: _ClassVar[int]
     ROWS_EXECUTED_FIELD_NUMBER: _ClassVar[int]
@@ -169,6 +173,10 @@ class WorkerStats(_message.Message):
     SEQUENCES_HELD_FIELD_NUMBER: _ClassVar[int]
     AVAILABLE_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    BUSY_NS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_WAIT_NS_FIELD_NUMBER: _ClassVar[int]
+    SERIALISE_NS_FIELD_NUMBER: _ClassVar[int]
+    INPUT_WAIT_NS_FIELD_NUMBER: _ClassVar[int]
     rss_anon_bytes: int
     steps_executed: int
     rows_executed: int
@@ -181,7 +189,11 @@ class WorkerStats(_message.Message):
     sequences_held: int
     available_memory_bytes: int
     blocks_received: int
-    def __init__(self, rss_anon_bytes: _Optional[int] = ..., steps_executed: _Optional[int] = ..., rows_executed: _Optional[int] = ..., tokens_executed: _Optional[int] = ..., compute_ns: _Optional[int] = ..., idle_ns: _Optional[int] = ..., steps_queued: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., messages_sent: _Optional[int] = ..., sequences_held: _Optional[int] = ..., available_memory_bytes: _Optional[int] = ..., blocks_received: _Optional[int] = ...) -> None: ...
+    busy_ns: int
+    output_wait_ns: int
+    serialise_ns: int
+    input_wait_ns: int
+    def __init__(self, rss_anon_bytes: _Optional[int] = ..., steps_executed: _Optional[int] = ..., rows_executed: _Optional[int] = ..., tokens_executed: _Optional[int] = ..., compute_ns: _Optional[int] = ..., idle_ns: _Optional[int] = ..., steps_queued: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., messages_sent: _Optional[int] = ..., sequences_held: _Optional[int] = ..., available_memory_bytes: _Optional[int] = ..., blocks_received: _Optional[int] = ..., busy_ns: _Optional[int] = ..., output_wait_ns: _Optional[int] = ..., serialise_ns: _Optional[int] = ..., input_wait_ns: _Optional[int] = ...) -> None: ...
 
 class LoadProgress(_message.Message):
     __slots__ = ("span", "loaded_bytes", "total_bytes")
@@ -536,7 +548,7 @@ class WorkerStatus(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., state: _Optional[_Union[WorkerState, str]] = ..., span: _Optional[_Union[LayerSpan, _Mapping]] = ..., device: _Optional[str] = ..., dtype: _Optional[_Union[_plan_pb2.DType, str]] = ..., pid: _Optional[int] = ..., num_blocks: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., stats: _Optional[_Union[WorkerStats, _Mapping]] = ..., load_fraction: _Optional[float] = ..., draining: bool = ..., error: _Optional[str] = ...) -> None: ...
 
 class PipelineStatus(_message.Message):
-    __slots__ = ("pipeline_id", "epoch", "worker_ids", "serving", "num_blocks", "num_free_blocks", "num_cached_blocks", "num_running", "steps_in_flight", "steps_done", "mean_timings", "num_lacking_tokens", "mending")
+    __slots__ = ("pipeline_id", "epoch", "worker_ids", "serving", "num_blocks", "num_free_blocks", "num_cached_blocks", "num_running", "steps_in_flight", "steps_done", "mean_timings", "num_lacking_tokens", "mending", "unscheduled_ns", "max_steps_in_flight")
     PIPELINE_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     WORKER_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -550,6 +562,8 @@ class PipelineStatus(_message.Message):
     MEAN_TIMINGS_FIELD_NUMBER: _ClassVar[int]
     NUM_LACKING_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MENDING_FIELD_NUMBER: _ClassVar[int]
+    UNSCHEDULED_NS_FIELD_NUMBER: _ClassVar[int]
+    MAX_STEPS_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     pipeline_id: str
     epoch: _plan_pb2.Epoch
     worker_ids: _containers.RepeatedScalarFieldContainer[str]
@@ -563,7 +577,9 @@ class PipelineStatus(_message.Message):
     mean_timings: _containers.RepeatedCompositeFieldContainer[_plan_pb2.HopTiming]
     num_lacking_tokens: int
     mending: MendingStatus
-    def __init__(self, pipeline_id: _Optional[str] = ..., epoch: _Optional[_Union[_plan_pb2.Epoch, _Mapping]] = ..., worker_ids: _Optional[_Iterable[str]] = ..., serving: bool = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_cached_blocks: _Optional[int] = ..., num_running: _Optional[int] = ..., steps_in_flight: _Optional[int] = ..., steps_done: _Optional[int] = ..., mean_timings: _Optional[_Iterable[_Union[_plan_pb2.HopTiming, _Mapping]]] = ..., num_lacking_tokens: _Optional[int] = ..., mending: _Optional[_Union[MendingStatus, _Mapping]] = ...) -> None: ...
+    unscheduled_ns: int
+    max_steps_in_flight: int
+    def __init__(self, pipeline_id: _Optional[str] = ..., epoch: _Optional[_Union[_plan_pb2.Epoch, _Mapping]] = ..., worker_ids: _Optional[_Iterable[str]] = ..., serving: bool = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_cached_blocks: _Optional[int] = ..., num_running: _Optional[int] = ..., steps_in_flight: _Optional[int] = ..., steps_done: _Optional[int] = ..., mean_timings: _Optional[_Iterable[_Union[_plan_pb2.HopTiming, _Mapping]]] = ..., num_lacking_tokens: _Optional[int] = ..., mending: _Optional[_Union[MendingStatus, _Mapping]] = ..., unscheduled_ns: _Optional[int] = ..., max_steps_in_flight: _Optional[int] = ...) -> None: ...
 
 class MendingStatus(_message.Message):
     __slots__ = ("reason", "fill_ns", "join_ns", "rebuild_ns", "num_tokens_rebuilt", "num_blocks_moved")
@@ -610,3 +626,53 @@ class QueueStatus(_message.Message):
     generated_tokens_per_s: float
     prompt_tokens_per_s: float
     def __init__(self, num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ..., num_accepted: _Optional[int] = ..., num_finished: _Optional[int] = ..., num_refused: _Optional[int] = ..., num_aborted: _Optional[int] = ..., num_failed: _Optional[int] = ..., num_preempted: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_prompt_tokens: _Optional[int] = ..., generated_tokens_per_s: _Optional[float] = ..., prompt_tokens_per_s: _Optional[float] = ...) -> None: ...
+
+class TraceStepsRequest(_message.Message):
+    __slots__ = ("duration_ns",)
+    DURATION_NS_FIELD_NUMBER: _ClassVar[int]
+    duration_ns: int
+    def __init__(self, duration_ns: _Optional[int] = ...) -> None: ...
+
+class TraceStepsResponse(_message.Message):
+    __slots__ = ("step", "round", "num_dropped")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    NUM_DROPPED_FIELD_NUMBER: _ClassVar[int]
+    step: TracedStep
+    round: TracedRound
+    num_dropped: int
+    def __init__(self, step: _Optional[_Union[TracedStep, _Mapping]] = ..., round: _Optional[_Union[TracedRound, _Mapping]] = ..., num_dropped: _Optional[int] = ...) -> None: ...
+
+class TracedStep(_message.Message):
+    __slots__ = ("pipeline_id", "epoch", "step", "sent_ns", "done_ns", "num_rows", "num_tokens", "timings")
+    PIPELINE_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    SENT_NS_FIELD_NUMBER: _ClassVar[int]
+    DONE_NS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    pipeline_id: str
+    epoch: _plan_pb2.Epoch
+    step: int
+    sent_ns: int
+    done_ns: int
+    num_rows: int
+    num_tokens: int
+    timings: _containers.RepeatedCompositeFieldContainer[_plan_pb2.HopTiming]
+    def __init__(self, pipeline_id: _Optional[str] = ..., epoch: _Optional[_Union[_plan_pb2.Epoch, _Mapping]] = ..., step: _Optional[int] = ..., sent_ns: _Optional[int] = ..., done_ns: _Optional[int] = ..., num_rows: _Optional[int] = ..., num_tokens: _Optional[int] = ..., timings: _Optional[_Iterable[_Union[_plan_pb2.HopTiming, _Mapping]]] = ...) -> None: ...
+
+class TracedRound(_message.Message):
+    __slots__ = ("start_ns", "duration_ns", "num_steps", "num_waiting", "num_running")
+    START_NS_FIELD_NUMBER: _ClassVar[int]
+    DURATION_NS_FIELD_NUMBER: _ClassVar[int]
+    NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
+    NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    start_ns: int
+    duration_ns: int
+    num_steps: int
+    num_waiting: int
+    num_running: int
+    def __init__(self, start_ns: _Optional[int] = ..., duration_ns: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ...) -> None: ...

@@ -54,6 +54,11 @@ class SchedulerStub(object):
                 request_serializer=protos_dot_mesh__pb2.DrainWorkerRequest.SerializeToString,
                 response_deserializer=protos_dot_mesh__pb2.DrainWorkerResponse.FromString,
                 _registered_method=True)
+        self.TraceSteps = channel.unary_stream(
+                '/stagemesh.v1.Scheduler/TraceSteps',
+                request_serializer=protos_dot_mesh__pb2.TraceStepsRequest.SerializeToString,
+                response_deserializer=protos_dot_mesh__pb2.TraceStepsResponse.FromString,
+                _registered_method=True)
 
 
 class SchedulerServicer(object):
@@ -86,6 +91,13 @@ class SchedulerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def TraceSteps(self, request, context):
+        """Every step that is answered within the time asked for, and the rounds that planned them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SchedulerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -108,6 +120,11 @@ def add_SchedulerServicer_to_server(servicer, server):
                     servicer.DrainWorker,
                     request_deserializer=protos_dot_mesh__pb2.DrainWorkerRequest.FromString,
                     response_serializer=protos_dot_mesh__pb2.DrainWorkerResponse.SerializeToString,
+            ),
+            'TraceSteps': grpc.unary_stream_rpc_method_handler(
+                    servicer.TraceSteps,
+                    request_deserializer=protos_dot_mesh__pb2.TraceStepsRequest.FromString,
+                    response_serializer=protos_dot_mesh__pb2.TraceStepsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -218,6 +235,33 @@ class Scheduler(object):
             '/stagemesh.v1.Scheduler/DrainWorker',
             protos_dot_mesh__pb2.DrainWorkerRequest.SerializeToString,
             protos_dot_mesh__pb2.DrainWorkerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TraceSteps(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/stagemesh.v1.Scheduler/TraceSteps',
+            protos_dot_mesh__pb2.TraceStepsRequest.SerializeToString,
+            protos_dot_mesh__pb2.TraceStepsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -18,12 +18,14 @@ class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DTYPE_FLOAT32: _ClassVar[DType]
     DTYPE_BFLOAT16: _ClassVar[DType]
     DTYPE_FLOAT16: _ClassVar[DType]
+    DTYPE_INT8: _ClassVar[DType]
 ROW_ERROR_UNSPECIFIED: RowError
 ROW_ERROR_NOT_FINITE: RowError
 DTYPE_UNSPECIFIED: DType
 DTYPE_FLOAT32: DType
 DTYPE_BFLOAT16: DType
 DTYPE_FLOAT16: DType
+DTYPE_INT8: DType
 
 class Epoch(_message.Message):
     __slots__ = ("term", "n")
@@ -185,7 +187,7 @@ class SampledToken(_message.Message):
     def __init__(self, position: _Optional[int] = ..., token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., alternative_ids: _Optional[_Iterable[int]] = ..., alternative_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class HopTiming(_message.Message):
-    __slots__ = ("stage", "receive_ns", "queue_ns", "compute_ns", "serialise_ns", "idle_ns", "received_bytes")
+    __slots__ = ("stage", "receive_ns", "queue_ns", "compute_ns", "serialise_ns", "idle_ns", "received_bytes", "started_ns")
     STAGE_FIELD_NUMBER: _ClassVar[int]
     RECEIVE_NS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_NS_FIELD_NUMBER: _ClassVar[int]
@@ -193,6 +195,7 @@ class HopTiming(_message.Message):
     SERIALISE_NS_FIELD_NUMBER: _ClassVar[int]
     IDLE_NS_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STARTED_NS_FIELD_NUMBER: _ClassVar[int]
     stage: int
     receive_ns: int
     queue_ns: int
@@ -200,7 +203,8 @@ class HopTiming(_message.Message):
     serialise_ns: int
     idle_ns: int
     received_bytes: int
-    def __init__(self, stage: _Optional[int] = ..., receive_ns: _Optional[int] = ..., queue_ns: _Optional[int] = ..., compute_ns: _Optional[int] = ..., serialise_ns: _Optional[int] = ..., idle_ns: _Optional[int] = ..., received_bytes: _Optional[int] = ...) -> None: ...
+    started_ns: int
+    def __init__(self, stage: _Optional[int] = ..., receive_ns: _Optional[int] = ..., queue_ns: _Optional[int] = ..., compute_ns: _Optional[int] = ..., serialise_ns: _Optional[int] = ..., idle_ns: _Optional[int] = ..., received_bytes: _Optional[int] = ..., started_ns: _Optional[int] = ...) -> None: ...
 
 class FrameHeader(_message.Message):
     __slots__ = ("hello", "step", "continuation", "result", "ping", "pong", "refusal", "pages_request", "pages")

@@ -15,6 +15,13 @@ from stagemesh.errors import ModelMismatch
 from stagemesh.plan import ModelSummary
 
 _NUM_PARTS_NAMED = 3
+# Fields of a registration that its numbers depend on, and the options that they come from.
+_NUMERICS = {
+    "dtype": "--dtype",
+    "wire_dtype": "--wire-dtype",
+    "batch_invariant": "--batch-invariant",
+    "quantization": "--quantization",
+}
 
 
 class MeshModel:
@@ -90,7 +97,7 @@ def _check_same_structure(first: Registration, worker: Registration) -> None:
 
 def _check_same_numerics(first: Registration, worker: Registration) -> None:
     """A pipeline's numbers must not depend on which worker holds a stage."""
-    for name, option in (("dtype", "--dtype"), ("batch_invariant", "--batch-invariant")):
+    for name, option in _NUMERICS.items():
         ours, theirs = getattr(first, name), getattr(worker, name)
         if ours != theirs:
             raise ModelMismatch(

@@ -50,10 +50,12 @@ def registration_from_proto(
         device=message.device,
         dtype=wire.dtype_from_proto(message.dtype),
         batch_invariant=message.batch_invariant,
+        quantization=message.quantization or "auto",
         pid=message.pid,
         scheduler_address=scheduler_address,
         available_memory_bytes=message.available_memory_bytes,
         followed_term=message.followed_term,
+        wire_dtype=wire.dtype_from_proto(message.wire_dtype),
     )
 
 
@@ -96,6 +98,8 @@ def command_to_proto(command: Command) -> mesh_pb2.WorkerCommand:
             next_address=command.next_address,
             num_blocks=command.num_blocks,
             keep_kv=command.keep_kv,
+            from_end=command.from_end,
+            num_log_blocks=command.num_log_blocks,
         )
         if command.pages_from:
             join.pages.address = command.pages_from

@@ -1,8 +1,9 @@
 """Workers that leave in good order: each place is handed over, with its KV, before its worker goes.
 
-A successor that has yet to load does so while the worker serves on. If the successor fails, the
-worker, which still has the KV, takes its place again and another is sought. Where there is none the
-worker is released at once, and its stage rebuilt on whoever comes. Sans-IO, a part of membership.
+One place after the other, where it serves two pipelines. A successor that has yet to load does so
+while the worker serves on. If the successor fails, the worker, which still has the KV, takes its
+place again and another is sought. Where there is none the worker is released at once, and its stage
+rebuilt on whoever comes. Sans-IO, a part of membership.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from scheduler.messages import DrainDone, Effect
 from scheduler.pipelines import MeshPipeline
 from scheduler.places import best_free
 from scheduler.roster import Roster
+from scheduler.sharing import make_room
 from scheduler.workers import Worker
 from stagemesh.errors import InvalidRequest, MeshUnavailable, PeerLost, StageMeshError
 
@@ -36,6 +38,9 @@ class _Drain:
     successor: Worker | None = None
     # What the successor has taken, once it has.
     place: tuple[MeshPipeline, int] | None = None
+    # What came of the places that were handed over.
+    successor_id: str = ""
+    num_blocks_moved: int = 0
     # Numbers of workers that could not do it.
     tried: set[int] = field(default_factory=set)
 
@@ -96,18 +101,36 @@ class Drains:
         for drain in list(self._drains.values()):
             worker = drain.worker
             if self._roster.named(worker.worker_id) is not worker:
+                if drain.place is not None:
+                    self._note_move(drain)
                 self._end(drain, None)
             elif drain.place is not None:
                 pipeline, stage = drain.place
                 is_elsewhere = pipeline.workers[stage] is not drain.successor
                 if pipeline.is_serving or is_elsewhere:
-                    self._end(drain, None, now_ns)
-            elif worker.pipeline is None:
-                self._end(drain, None, now_ns)
+                    self._note_move(drain)
+                    self._go_on(drain, now_ns)
             else:
-                self._hand_over(drain, worker.pipeline, now_ns)
+                self._go_on(drain, now_ns)
 
     # ---- inside --------------------------------------------------------------------------------
+
+    def _go_on(self, drain: _Drain, now_ns: int) -> None:
+        """With the place that came last: who had the worker first may find it whole again."""
+        if places := drain.worker.pipelines:
+            self._hand_over(drain, places[-1], now_ns)
+        else:
+            self._end(drain, None, now_ns)
+
+    def _note_move(self, drain: _Drain) -> None:
+        """The successor has the place, or whoever took it from there."""
+        assert drain.place is not None
+        if drain.successor is not None:
+            mending = drain.place[0].mending
+            drain.successor_id = drain.successor.worker_id
+            drain.num_blocks_moved += mending.num_blocks_moved if mending else 0
+            drain.successor.is_reserved = False
+        drain.place = drain.successor = None
 
     def _hand_over(self, drain: _Drain, pipeline: MeshPipeline, now_ns: int) -> None:
         stage = pipeline.workers.index(drain.worker)
@@ -128,6 +151,7 @@ class Drains:
             self._formation.places.load_span(successor, span)
         elif not pipeline.handovers:
             pipeline.hand_over(stage, successor, now_ns)
+            make_room(successor, pipeline, now_ns)
             successor.is_reserved = False
             drain.place = (pipeline, stage)
 
@@ -137,12 +161,17 @@ class Drains:
         workers = [worker for worker in self._roster.workers if worker.number not in drain.tried]
         if drain.to_worker_id:
             workers = [worker for worker in workers if worker.worker_id == drain.to_worker_id]
-        return best_free(workers, pipeline, stage, now_ns)
+        free = best_free(workers, pipeline, stage, now_ns)
+        if free is not None or drain.stay:  # who stays would be given the place again
+            return free
+        return self._formation.sharing.stand_in(pipeline, stage, workers, now_ns)
 
     def _is_able(self, successor: Worker, pipeline: MeshPipeline, stage: int) -> bool:
         is_here = self._roster.named(successor.worker_id) is successor
         is_sound = successor.error is None and not successor.is_draining
-        return is_here and is_sound and successor.suits(pipeline.spans[stage]) is not None
+        has_room = not successor.is_shared and successor.end_of(pipeline) is None
+        suits = successor.suits(pipeline.spans[stage]) is not None
+        return is_here and is_sound and has_room and suits
 
     def _dismiss_successor(self, drain: _Drain) -> None:
         assert drain.successor is not None
@@ -157,10 +186,10 @@ class Drains:
             raise InvalidRequest(f"there is no worker {to_worker_id}", param="to_worker_id")
         if not successor.is_free:
             raise InvalidRequest(f"worker {to_worker_id} is not free", param="to_worker_id")
-        pipeline = worker.pipeline
-        if pipeline is None:
+        places = [(each, each.workers.index(worker)) for each in worker.pipelines]
+        if not places:
             raise InvalidRequest(f"worker {worker.worker_id} has no place", param="worker_id")
-        if successor.suits(pipeline.spans[pipeline.workers.index(worker)]) is None:
+        if any(successor.suits(pipeline.spans[stage]) is None for pipeline, stage in places):
             why = f"worker {to_worker_id} cannot hold the layers of {worker.worker_id}"
             raise InvalidRequest(why, param="to_worker_id")
 
@@ -171,14 +200,7 @@ class Drains:
         worker.is_draining = False
         if successor is not None:
             successor.is_reserved = False
-        took_it = drain.place is not None and successor is not None
-        mending = drain.place[0].mending if drain.place else None
-        done = DrainDone(
-            drain.drain_id,
-            successor.worker_id if took_it and successor else "",
-            mending.num_blocks_moved if mending else 0,
-            error,
-        )
+        done = DrainDone(drain.drain_id, drain.successor_id, drain.num_blocks_moved, error)
         log.info(
             "a drain ended",
             worker=worker.worker_id,

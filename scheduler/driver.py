@@ -38,6 +38,7 @@ from scheduler.messages import (
     ToWorker,
 )
 from scheduler.placement import StageCosts
+from scheduler.tracing import Tracer
 from scheduler.watch import StepWatch
 from stagemesh.errors import InternalError, StageMeshError
 from stagemesh.plan import Epoch, Span, StepResult
@@ -70,6 +71,7 @@ class Driver:
         self.core = core
         self.membership = membership
         self.view = view_of(membership)
+        self.tracer = Tracer()
         self._timeouts = timeouts
         self._watch = StepWatch(
             round(timeouts.lease_s * 1e9), round(timeouts.canary_interval_s * 1e9)
@@ -126,6 +128,7 @@ class Driver:
         """The sender hears of a ProtocolError, and its stream breaks, which ends the epoch."""
         with self.acting() as now_ns:
             self.core.on_result(result, now_ns)
+            self.tracer.step_done(result, now_ns)
             if self._watch.step_done(result.pipeline_id, result.epoch, result.step, now_ns):
                 self.membership.epochs.step_done(result.pipeline_id)
 
@@ -142,12 +145,20 @@ class Driver:
         self._note_what_is_rebuilt(now_ns)
         for pipeline_id in self._watch.idle(now_ns):
             self.core.probe(pipeline_id, now_ns)
-        for step in self.core.schedule(now_ns):
+        steps = self.core.schedule(now_ns)
+        for step in steps:
             self.membership.epochs.step_sent(step.pipeline_id)
             self._watch.step_sent(step, now_ns)
+            self.tracer.step_sent(step, now_ns)
             await links.send(step)
+        if steps:
+            await asyncio.sleep(0)  # they are written before the news of the last ones are
         for event in self.core.take_events():
             peers.deliver(event)
+        if steps and self.tracer.is_watched:
+            end_ns = time.monotonic_ns()
+            stats = self.core.stats(end_ns)
+            self.tracer.round_done(now_ns, end_ns, len(steps), stats.num_waiting, stats.num_running)
         if has_changed:
             self._wake.set()  # one thing leads to another
             self._look_again(peers)

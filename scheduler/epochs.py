@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import structlog
 
 from scheduler.agreement import MeshModel
+from scheduler.core import PipelineFacts
 from scheduler.formation import Formation
 from scheduler.limits import MembershipLimits
 from scheduler.pipelines import MeshPipeline
@@ -42,7 +43,7 @@ class Epochs:
         """Whether that was all comes out at the next `settle`."""
         worker = self._roster.on(session)
         pipeline = self._current(pipeline_id, epoch)
-        if worker is not None and pipeline is not None and worker.pipeline is pipeline:
+        if worker is not None and pipeline is not None and worker in pipeline.workers:
             pipeline.worker_joined(worker, has_pages=has_pages)
 
     def broken(
@@ -57,7 +58,7 @@ class Epochs:
         """A worker saw the epoch end, through the neighbour at `peer_address` or by itself."""
         worker = self._roster.on(session)
         pipeline = self._current(pipeline_id, epoch)
-        if worker is None or pipeline is None or worker.pipeline is not pipeline:
+        if worker is None or pipeline is None or worker not in pipeline.workers:
             return
         # Where the peer is the scheduler itself, nobody is blamed.
         blamed = peer_address or worker.registration.address
@@ -109,7 +110,7 @@ class Epochs:
         for pipeline in self._formation.pipelines:
             if pipeline.has_joined:
                 self._model.pin()
-                pipeline.serve(pipeline.facts(self._model, max_model_len), now_ns)
+                pipeline.serve(self._facts(pipeline, max_model_len), now_ns)
                 n = pipeline.epoch.n
                 log.info("a pipeline serves", pipeline=pipeline.pipeline_id, n=n)
             elif pipeline.is_late(now_ns):
@@ -125,6 +126,21 @@ class Epochs:
         return unfit
 
     # ---- inside --------------------------------------------------------------------------------
+
+    def _facts(self, pipeline: MeshPipeline, max_model_len: int) -> PipelineFacts:
+        """Of the epoch that all have joined: workers may be worth more, or less, by now."""
+        assert self._model.summary is not None
+        return PipelineFacts(
+            pipeline_id=pipeline.pipeline_id,
+            epoch=pipeline.epoch,
+            num_stages=pipeline.num_stages,
+            num_blocks=pipeline.epoch_room.num_blocks,
+            block_size_tokens=pipeline.block_size_tokens,
+            max_model_len=max_model_len,
+            model_identity=self._model.identity,
+            dynamic_rope_length=self._model.summary.dynamic_rope_length,
+            num_log_blocks=pipeline.epoch_room.num_log_blocks,
+        )
 
     def _current(self, pipeline_id: str, epoch: Epoch) -> MeshPipeline | None:
         """The pipeline, if `epoch` is the one that it joins or serves; else the word is late."""

@@ -16,6 +16,7 @@ from scheduler.patience import Patience
 from scheduler.pipelines import MeshPipeline
 from scheduler.placement import StageCosts, partition, plan_stages
 from scheduler.places import Places
+from scheduler.sharing import Sharing, to_come
 from scheduler.takeover import recut
 from scheduler.workers import Suits, Worker
 from stagemesh.errors import PeerLost
@@ -43,6 +44,7 @@ class Formation:
         self._term = term
         self._emit = emit
         self.places = Places(emit, self.forget_kv)
+        self.sharing = Sharing(is_allowed=limits.share_workers)
         self._numbers = count()
         self._settled_ns = 0
         self._updated_ns = 0
@@ -62,12 +64,16 @@ class Formation:
         """Fills places, forms what can be formed, and has spans loaded that are not."""
         self._updated_ns = now_ns
         self._drop_what_is_worthless()
+        for pipeline in self.pipelines:
+            self.places.fill(pipeline, workers, now_ns)
+        self.sharing.update(self.pipelines, workers, now_ns)
+        for number, pipeline in enumerate(self.pipelines):
+            self.places.fill_from(pipeline, self.pipelines[number + 1 :], now_ns)
         for pipeline in list(self.pipelines):
-            self._fill(pipeline, workers, now_ns)
             if pipeline.is_out_of_patience(now_ns):
                 self._cut_anew(pipeline, workers, StageCosts.of(model), now_ns)
         while spans := self._plan(workers, model, now_ns):
-            self._fill(self._new_pipeline(spans), workers, now_ns)
+            self.places.fill(self._new_pipeline(spans), workers, now_ns)
         self.places.load(self.pipelines, workers)
 
     def wakeup_ns(self, workers: Collection[Worker]) -> int | None:
@@ -76,6 +82,7 @@ class Formation:
         is_to_come = self._settled_ns > self._updated_ns and not self._num_stages
         times = [self._settled_ns if waits and is_to_come else None]
         times += [each.patience.wakeup_ns() for each in self.pipelines if each.is_established]
+        times.append(self.sharing.wakeup_ns())
         return min((at for at in times if at is not None), default=None)
 
     def follow_term(self, term: int, now_ns: int) -> None:
@@ -85,10 +92,17 @@ class Formation:
             self._dissolve(pipeline, now_ns)
 
     def epoch_began(self, pipeline: MeshPipeline) -> None:
-        """Whoever joins gives up the KV that it has of another pipeline."""
-        for other in self.pipelines:
-            for worker in pipeline.members if other is not pipeline else ():
-                other.holders.forget(worker)
+        """What whoever joins has of another pipeline's KV is left where there is room for it."""
+        room = pipeline.epoch_room
+        for stage, worker in enumerate(pipeline.members):
+            assert worker.loaded is not None
+            left = worker.loaded.num_blocks - room.num_blocks
+            log_left = worker.loaded.num_log_blocks - room.num_log_blocks[stage]
+            from_end = bool(worker.end_of(pipeline))
+            for other in self.pipelines:
+                if other is not pipeline:
+                    least = other.least_blocks
+                    other.holders.overwritten(worker, from_end, left, log_left, least)
 
     def forget_kv(self, worker: Worker) -> None:
         """The process ended, or its memory is used for something else."""
@@ -109,7 +123,8 @@ class Formation:
         self, workers: Collection[Worker], model: ModelSummary, now_ns: int
     ) -> tuple[Span, ...] | None:
         """The spans of one pipeline more, if there are workers for it."""
-        free = [worker for worker in workers if worker.is_free]
+        coming = to_come(self.pipelines, workers, now_ns)
+        free = [worker for worker in workers if worker.is_free and worker not in coming]
         if not free or 0 < self._num_replicas <= len(self.pipelines):
             return None
         costs = StageCosts.of(model)
@@ -140,10 +155,6 @@ class Formation:
         is_all_fixed = all(m.registration.fixed_span is not None for m in pipeline.members)
         is_complete_and_only = not vacant and len(self.pipelines) == 1
         return is_complete_and_only and not is_all_fixed and worker.loaded is None
-
-    def _fill(self, pipeline: MeshPipeline, workers: Collection[Worker], now_ns: int) -> None:
-        later = self.pipelines[self.pipelines.index(pipeline) + 1 :]
-        self.places.fill(pipeline, later, workers, now_ns)
 
     def _cut_anew(
         self, pipeline: MeshPipeline, workers: Collection[Worker], costs: StageCosts, now_ns: int

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from scheduler.stages import Room
 from scheduler.workers import Worker
 
 
@@ -11,6 +13,7 @@ from scheduler.workers import Worker
 class Joining:
     num_stages: int
     deadline_ns: int = 0
+    room: Room = field(default_factory=Room)
     # The scheduler's own stream to the first stage.
     is_stream_open: bool = False
     # Stages that joined, and whether they have their KV.
@@ -26,9 +29,13 @@ class Joining:
 
 
 class Handovers:
-    """Stages that move to other workers, and who has their KV until it is fetched."""
+    """Stages that move to other workers, and who has their KV until it is fetched.
 
-    def __init__(self) -> None:
+    `release` is told of workers from which nothing is to be fetched any more.
+    """
+
+    def __init__(self, release: Callable[[Worker], None]) -> None:
+        self._release = release
         self._sources: dict[int, Worker] = {}
         # Worth fetching, of one stage.
         self.num_blocks = 0
@@ -36,14 +43,20 @@ class Handovers:
     def __bool__(self) -> bool:
         return bool(self._sources)
 
+    @property
+    def sources(self) -> dict[int, Worker]:
+        return dict(self._sources)
+
     def begin(self, stage: int, source: Worker) -> None:
         self._sources[stage] = source
 
     def give_up(self, stage: int) -> None:
-        self._sources.pop(stage, None)
+        if source := self._sources.pop(stage, None):
+            self._release(source)
 
     def done(self) -> None:
-        self._sources.clear()
+        for stage in list(self._sources):
+            self.give_up(stage)
 
     def address(self, stage: int) -> str:
         """Where the KV of the stage is to be fetched; empty for nowhere."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class MembershipLimits:
     """`num_stages` 0: as many as workers register within `settle_ns` of each other.
 
-    `num_replicas` bounds the pipelines; 0: as many as can be made. `max_model_len` None: what the
-    model and the pipelines' blocks allow.
+    `num_replicas` bounds the pipelines; 0: as many as can be made. `share_workers`: whether one may
+    serve two pipelines. `max_model_len` None: what the model and the pipelines' blocks allow.
     """
 
     num_stages: int = 0
@@ -20,6 +20,7 @@ class MembershipLimits:
     reconnect_grace_ns: int = 250_000_000
     join_timeout_ns: int = 30_000_000_000
     takeover_after_ns: int = 10_000_000_000
+    share_workers: bool = True
     max_model_len: int | None = None
 
 

@@ -108,6 +108,7 @@ class Membership:
             news = f"another process registered as worker {old.worker_id}"
             self._remove(old, PeerLost(news), now_ns, refusal=ProtocolError(news))
             self._formation.forget_kv(old)
+            self.model.admit(registration)  # the old one may have been the last to know the model
         worker = Worker(registration, session, now_ns, next(self._numbers))
         worker.loaded = registration.loaded
         self._roster.add(worker)
@@ -133,9 +134,9 @@ class Membership:
             return
         self._roster.detach(worker, now_ns)
         log.warning("the stream of a worker broke", worker=worker.worker_id)
-        if worker.pipeline is not None:
-            lost = PeerLost(f"the stream of worker {worker.worker_id} broke")
-            worker.pipeline.end_epoch(lost, now_ns)
+        lost = PeerLost(f"the stream of worker {worker.worker_id} broke")
+        for pipeline in worker.pipelines:
+            pipeline.end_epoch(lost, now_ns)
 
     def goodbye(self, session: int, reason: str, now_ns: int) -> None:
         self._has_news = True
@@ -184,8 +185,8 @@ class Membership:
         else:
             worker.error = error
         log.error("a worker failed", worker=worker.worker_id, code=error.code, reason=str(error))
-        if worker.pipeline is not None:
-            worker.pipeline.vacate(worker, error, now_ns)
+        for pipeline in worker.pipelines:
+            pipeline.vacate(worker, error, now_ns)
 
     # ---- time ----------------------------------------------------------------------------------
 
@@ -274,8 +275,8 @@ class Membership:
         *,
         refusal: StageMeshError | None = None,
     ) -> None:
-        if worker.pipeline is not None:
-            worker.pipeline.vacate(worker, reason, now_ns)
+        for pipeline in worker.pipelines:
+            pipeline.vacate(worker, reason, now_ns)
         session = self._roster.remove(worker, now_ns)
         if session is not None:
             self._effects.append(EndSession(session, refusal))

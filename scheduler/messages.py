@@ -42,12 +42,15 @@ class Registration:
     device: str = "cpu"
     dtype: str = "float32"
     batch_invariant: bool = False
+    quantization: str = "auto"
     pid: int = 0
     scheduler_address: str = ""
     # Beside what it holds; 0 where it does not say.
     available_memory_bytes: int = 0
     # Of the latest scheduler that it followed; 0 for none.
     followed_term: int = 0
+    # In which type hidden states travel; "": in `dtype`.
+    wire_dtype: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,8 @@ class JoinEpoch:
     # Where pages are to be fetched, and which: those in use, as the driver fills in.
     pages_from: str = ""
     page_block_ids: tuple[int, ...] = ()
+    from_end: bool = False
+    num_log_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)

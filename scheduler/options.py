@@ -70,6 +70,9 @@ class SchedulerOptions:
         kind=Kind.DURATION,
         minimum=0.0,
     )
+    share_workers: bool = option(
+        True, help="a replica's worker stands in for a lost one of another replica, beside its own"
+    )
     canary_interval_s: float = option(
         5.0,
         help="an idle pipeline computes one token this often, to see that it serves; 0: never",
@@ -91,13 +94,17 @@ class SchedulerOptions:
         None, help="longest prompt and output together; else what the model allows", minimum=2
     )
     prefix_cache: bool = option(True, help="requests share the KV of equal beginnings")
+    metrics_listen: str = option(
+        "", help="address at which Prometheus finds /metrics of the whole mesh; empty: none"
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
-        try:
-            split_address(self.listen)
-        except ConfigError as error:
-            raise ConfigError(f"--listen: {error}") from None
+        for flag, address in (("--listen", self.listen), ("--metrics-listen", self.metrics_listen)):
+            try:
+                split_address(address or self.listen)
+            except ConfigError as error:
+                raise ConfigError(f"{flag}: {error}") from None
         if self.lease_s < 2 * self.heartbeat_interval_s:
             raise ConfigError(
                 f"--lease must be at least twice --heartbeat-interval, "
@@ -123,6 +130,7 @@ class SchedulerOptions:
             reconnect_grace_ns=round(self.reconnect_grace_s * 1e9),
             join_timeout_ns=round(self.join_timeout_s * 1e9),
             takeover_after_ns=round(self.takeover_after_s * 1e9),
+            share_workers=self.share_workers,
             max_model_len=self.max_model_len,
         )
 

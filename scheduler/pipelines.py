@@ -14,9 +14,9 @@ from enum import Enum
 
 import structlog
 
-from scheduler.agreement import MeshModel
 from scheduler.core import PipelineFacts
 from scheduler.holders import KvHolders
+from scheduler.join_commands import join_commands
 from scheduler.joining import Handovers, Joining
 from scheduler.mending import Mending
 from scheduler.messages import (
@@ -33,7 +33,7 @@ from scheduler.messages import (
     ToWorker,
 )
 from scheduler.patience import Patience
-from scheduler.stages import Stages
+from scheduler.stages import Room, Stages
 from scheduler.trials import Trials
 from scheduler.workers import Worker
 from stagemesh.errors import InternalError, PeerLost, StageMeshError
@@ -44,6 +44,8 @@ log = structlog.get_logger()
 
 # How much longer a join may take in which pages are fetched.
 _PAGES_FACTOR = 4
+# What a pipeline keeps of its blocks, if others are to have some of them.
+_LEAST_DIVISOR = 4
 
 
 class Phase(Enum):
@@ -67,15 +69,17 @@ class MeshPipeline(Stages):
         self.epoch = Epoch(term, 0)
         # Room for KV in the latest epoch that served; 0 before.
         self.num_tokens_served = 0
+        # With fewer it would not hold a context that it held, or hardly any.
+        self.least_blocks = 1
         self.last_error: StageMeshError | None = None
         self.mending: Mending | None = None
         self.patience = patience
         self.trials = Trials()
-        self.holders = KvHolders(len(spans))
+        self.holders = KvHolders(len(spans), lambda worker: worker.end_of(self))
         self._emit = emit
         self._is_successor = False
         self._joining = Joining(len(spans))
-        self.handovers = Handovers()
+        self.handovers = Handovers(lambda worker: worker.let_go(self))
         self._had_step = False
         self._retry_ns = 0
 
@@ -94,19 +98,15 @@ class MeshPipeline(Stages):
         """Whether its cut stays though others come: it served, or goes on for one that did."""
         return self.has_served or self._is_successor
 
-    def facts(self, model: MeshModel, max_model_len: int) -> PipelineFacts:
-        assert model.summary is not None
-        return PipelineFacts(
-            pipeline_id=self.pipeline_id,
-            epoch=self.epoch,
-            num_stages=self.num_stages,
-            num_blocks=self.num_blocks,
-            block_size_tokens=self.block_size_tokens,
-            max_model_len=max_model_len,
-            model_identity=model.identity,
-            dynamic_rope_length=model.summary.dynamic_rope_length,
-            num_log_blocks=self.num_log_blocks,
-        )
+    @property
+    def epoch_room(self) -> Room:
+        """Of the latest epoch."""
+        return self._joining.room
+
+    def exceeds(self, worker: Worker) -> bool:
+        """Whether the epoch takes more of the worker's memory than is left to the pipeline."""
+        stage = self.workers.index(worker)
+        return self.phase is not Phase.IDLE and not self.epoch_room.is_within(stage, worker)
 
     def is_current(self, epoch: Epoch) -> bool:
         return self.phase is not Phase.IDLE and epoch == self.epoch
@@ -134,16 +134,12 @@ class MeshPipeline(Stages):
     def place(self, stage: int, worker: Worker) -> None:
         assert self.workers[stage] is None
         self.workers[stage] = worker
-        worker.pipeline = self
+        worker.let_in(self, self.holders.end_of_kv(stage, worker))
 
     def vacate(self, worker: Worker, error: StageMeshError, now_ns: int) -> None:
         """The worker is no longer of the pipeline. What KV it has may be of use yet."""
-        self.end_epoch(error, now_ns)
-        stage = self.workers.index(worker)
-        self.workers[stage] = worker.pipeline = None
-        self.handovers.give_up(stage)
-        self.trials.begin_anew()
-        self._retry_ns = now_ns
+        self._leave(worker, error, now_ns)
+        worker.let_go(self)
 
     def hand_over(self, stage: int, successor: Worker, now_ns: int) -> None:
         """The stage moves to a worker that has its layers, and fetches the KV."""
@@ -152,10 +148,20 @@ class MeshPipeline(Stages):
         has_kv = self.holders.holds(stage, old)
         self._had_step = False  # this end is no failure of anybody's
         news = f"worker {old.worker_id} hands over to {successor.worker_id}"
-        self.vacate(old, PeerLost(news), now_ns)
-        self.place(stage, successor)
+        self._leave(old, PeerLost(news), now_ns)
         if has_kv:
             self.handovers.begin(stage, old)
+        else:
+            old.let_go(self)
+        self.place(stage, successor)
+
+    def renew(self, reason: str, now_ns: int) -> None:
+        """An epoch with other room is to follow. That is no failure of anybody's either."""
+        log.info("an epoch is renewed", pipeline=self.pipeline_id, n=self.epoch.n, reason=reason)
+        self._had_step = False
+        self.end_epoch(PeerLost(reason), now_ns)
+        self.trials.begin_anew()
+        self._retry_ns = now_ns
 
     def drop_kv(self) -> None:
         """Nothing of it is worth anything: what it was of is computed again."""
@@ -208,10 +214,12 @@ class MeshPipeline(Stages):
             self._emit(ResumePipeline(facts, lost_stages))
         else:
             self._emit(AddPipeline(facts))
-        self.holders.settle(self.members)
+        self.holders.settle(self.members, self.epoch_room)
         self.handovers.done()
         self.phase = Phase.SERVING
         self.num_tokens_served = facts.num_blocks * facts.block_size_tokens
+        longest = facts.num_blocks_for(facts.capacity_tokens)
+        self.least_blocks = max(longest, facts.num_blocks // _LEAST_DIVISOR)
         if self.mending is not None and self.mending.joined_ns is None:
             self.mending.joined_ns = now_ns
             self.mending.num_lost_stages = len(lost_stages)
@@ -250,6 +258,14 @@ class MeshPipeline(Stages):
 
     # ---- inside --------------------------------------------------------------------------------
 
+    def _leave(self, worker: Worker, error: StageMeshError, now_ns: int) -> None:
+        self.end_epoch(error, now_ns)
+        stage = self.workers.index(worker)
+        self.workers[stage] = None
+        self.handovers.give_up(stage)
+        self.trials.begin_anew()
+        self._retry_ns = now_ns
+
     def _suspend(self, error: StageMeshError) -> None:
         """What is to end must be said while the core still has the steps in flight."""
         if self.trials.is_step_hopeless:
@@ -265,28 +281,15 @@ class MeshPipeline(Stages):
     def _begin_epoch(self, deadline_ns: int) -> None:
         self.epoch = Epoch(self.epoch.term, self.epoch.n + 1)
         self.phase = Phase.JOINING
-        self._joining = Joining(self.num_stages, deadline_ns)
+        sources = self.handovers.sources
+        keepers = [sources.get(stage, worker) for stage, worker in enumerate(self.members)]
+        room = self.holders.left_of(self.room, keepers)
+        self._joining = Joining(self.num_stages, deadline_ns, room)
         self._had_step = False
-        addresses = [worker.registration.address for worker in self.members]
-        for stage, worker in enumerate(self.members):
-            is_last = stage + 1 == self.num_stages
-            next_address = (
-                worker.registration.scheduler_address if is_last else addresses[stage + 1]
-            )
-            self._tell(worker, self._join_command(stage, worker, next_address))
-        self._emit(OpenStream(self.pipeline_id, self.epoch, addresses[0]))
-
-    def _join_command(self, stage: int, worker: Worker, next_address: str) -> JoinEpoch:
-        return JoinEpoch(
-            pipeline_id=self.pipeline_id,
-            epoch=self.epoch,
-            stage=stage,
-            num_stages=self.num_stages,
-            next_address=next_address,
-            num_blocks=self.num_blocks,
-            keep_kv=self.holders.holds(stage, worker),
-            pages_from=self.handovers.address(stage),
-        )
+        for worker, join in zip(self.members, join_commands(self), strict=True):
+            self._tell(worker, join)
+        first_address = self.members[0].registration.address
+        self._emit(OpenStream(self.pipeline_id, self.epoch, first_address))
 
     def _tell(self, worker: Worker, command: JoinEpoch | LeaveEpoch) -> None:
         if worker.session is not None:

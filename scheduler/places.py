@@ -32,14 +32,8 @@ class Places:
         self._emit = emit
         self._forget_kv = forget_kv
 
-    def fill(
-        self,
-        pipeline: MeshPipeline,
-        later: Sequence[MeshPipeline],
-        workers: Collection[Worker],
-        now_ns: int,
-    ) -> None:
-        """`later` pipelines lend whom this one lacks, where they lack somebody anyway."""
+    def fill(self, pipeline: MeshPipeline, workers: Collection[Worker], now_ns: int) -> None:
+        """With workers that are free."""
         for stage in range(pipeline.num_stages):
             self._exchange(pipeline, stage, workers, now_ns)
         # First, so that nobody who holds one stage loads another.
@@ -47,10 +41,14 @@ class Places:
             for stage in pipeline.vacancies:
                 if worker := best_free(workers, pipeline, stage, now_ns, worst):
                     pipeline.place(stage, worker)
+
+    def fill_from(self, pipeline: MeshPipeline, later: Sequence[MeshPipeline], now_ns: int) -> None:
+        """With workers of `later` pipelines that lack somebody anyway."""
         for stage in pipeline.vacancies:
-            if worker := _best_elsewhere(later, pipeline.spans[stage]):
-                assert worker.pipeline is not None
-                worker.pipeline.vacate(worker, PeerLost("a worker went elsewhere"), now_ns)
+            found = ((other, _dispensable(other, pipeline, stage)) for other in later)
+            other, worker = next((pair for pair in found if pair[1] is not None), (None, None))
+            if other is not None and worker is not None:
+                other.vacate(worker, PeerLost("a worker went elsewhere"), now_ns)
                 pipeline.place(stage, worker)
 
     def load(self, pipelines: Collection[MeshPipeline], workers: Collection[Worker]) -> None:
@@ -130,15 +128,17 @@ def _set_aside(worker: Worker, now_ns: int) -> None:
     log.warning("a worker is set aside", worker=worker.worker_id, seconds=aside_ns // 10**9)
 
 
-def _best_elsewhere(later: Sequence[MeshPipeline], span: Span) -> Worker | None:
-    holders = (
+def _dispensable(other: MeshPipeline, pipeline: MeshPipeline, stage: int) -> Worker | None:
+    """Whom the other one has for the stage, and has no use for."""
+    able = (
         worker
-        for other in later
-        if other.vacancies
-        for worker in other.members
-        if worker.session is not None and not worker.is_draining and worker.holds(span)
+        for worker in (other.members if other.vacancies else ())
+        if worker.session is not None
+        and not worker.is_draining
+        and worker.holds(pipeline.spans[stage])
+        and worker.end_of(pipeline) is None
     )
-    return next(holders, None)
+    return next(able, None)
 
 
 def _span_of_a_spare(

@@ -8,6 +8,7 @@ with each incarnation; where the clock was set back, workers tell the term that 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,12 +24,15 @@ from scheduler.links import ResultLinks
 from scheduler.membership import Membership
 from scheduler.mesh_view import MeshView
 from scheduler.messages import Command, DrainDone
+from scheduler.metrics import MeshMetrics
+from scheduler.metrics_server import serving_metrics
 from scheduler.options import SchedulerOptions
 from scheduler.outbox import Context
 from scheduler.status import status_of
+from scheduler.tracing import MAX_WATCHERS
 from scheduler.worker_sessions import WorkerSessions
 from stagemesh.addresses import advertised_address
-from stagemesh.errors import MeshUnavailable, StageMeshError
+from stagemesh.errors import MeshUnavailable, QueueFull, StageMeshError
 from stagemesh.rpc import RpcServer, abort_with
 from stagemesh.transport import push_handlers
 
@@ -57,13 +61,17 @@ async def serve(
         server.set_serving(True, name)
     server.set_serving(False, MESH_CHECK)
     log.info("the scheduler listens", address=service.bound, term=membership.term)
-    try:
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(server.stop, _STOP_GRACE_S)
+        stack.callback(service.say_farewell)
+        ready = {"address": service.bound}
+        if options.metrics_listen:
+            metrics = MeshMetrics(service.status)
+            serving = serving_metrics(options.metrics_listen, metrics.expose)
+            ready["metrics"] = await stack.enter_async_context(serving)
         if on_ready is not None:
-            on_ready({"address": service.bound})
+            on_ready(ready)
         await driver.run(service)
-    finally:
-        service.say_farewell()
-        await server.stop(_STOP_GRACE_S)
 
 
 class SchedulerService(mesh_pb2_grpc.SchedulerServicer):
@@ -99,6 +107,9 @@ class SchedulerService(mesh_pb2_grpc.SchedulerServicer):
     async def GetStatus(  # noqa: N802
         self, _: mesh_pb2.GetStatusRequest, __: Context
     ) -> mesh_pb2.GetStatusResponse:
+        return self.status()
+
+    def status(self) -> mesh_pb2.GetStatusResponse:
         with self._driver.acting() as now_ns:
             return status_of(
                 self._driver.membership,
@@ -119,6 +130,19 @@ class SchedulerService(mesh_pb2_grpc.SchedulerServicer):
         return mesh_pb2.DrainWorkerResponse(
             successor_id=done.successor_id, num_blocks_moved=done.num_blocks_moved
         )
+
+    async def TraceSteps(  # noqa: N802
+        self, request: mesh_pb2.TraceStepsRequest, context: Context
+    ) -> None:
+        tracer = self._driver.tracer
+        if tracer.is_full:
+            await abort_with(context, QueueFull(f"{MAX_WATCHERS} traces are being taken already"))
+        watcher = tracer.begin(time.monotonic_ns())
+        try:
+            async for event in watcher.events(request.duration_ns / 1e9):
+                await context.write(event)
+        finally:
+            tracer.end(watcher)
 
     # ---- peers of the driver -------------------------------------------------------------------
 

@@ -6,9 +6,24 @@ Knows nothing of epochs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from scheduler.workers import Worker
 from stagemesh.plan import Span
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Blocks of KV, and of the stages' logs, that an epoch has."""
+
+    num_blocks: int = 0
+    num_log_blocks: tuple[int, ...] = ()
+
+    def is_within(self, stage: int, worker: Worker, divisor: int = 1) -> bool:
+        """Whether the stage takes no more of its worker than what is a pipeline's there now, or a
+        part of that."""
+        fits_log = self.num_log_blocks[stage] <= worker.num_log_blocks // divisor
+        return fits_log and self.num_blocks <= worker.num_blocks // divisor
 
 
 class Stages:
@@ -44,18 +59,14 @@ class Stages:
         return all(map(self.is_ready, range(self.num_stages)))
 
     @property
-    def num_blocks(self) -> int:
-        """Blocks of the smallest stage; 0 where one is not loaded."""
-        loads = [worker.loaded for worker in self.members]
-        return min((load.num_blocks if load else 0 for load in loads), default=0)
+    def room(self) -> Room:
+        """Blocks of the smallest stage, none where one is not loaded; of a worker that others have
+        a place on as well, its share. What a last stage sends is nobody's input."""
+        num_blocks = min((worker.num_blocks for worker in self.members), default=0)
+        logs = (min(num_blocks, worker.num_log_blocks) for worker in self.members[:-1])
+        return Room(num_blocks, (*logs, 0))
 
     @property
     def block_size_tokens(self) -> int:
         load = self.members[0].loaded if self.members else None
         return load.block_size_tokens if load else 0
-
-    @property
-    def num_log_blocks(self) -> tuple[int, ...]:
-        """What a last stage sends is nobody's input."""
-        loads = [worker.loaded for worker in self.members]
-        return (*(load.num_log_blocks if load else 0 for load in loads[:-1]), 0)

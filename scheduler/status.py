@@ -90,6 +90,8 @@ def _pipeline(pipeline: MeshPipeline, stats: PipelineStats | None) -> mesh_pb2.P
         status.steps_in_flight = stats.steps_in_flight
         status.steps_done = stats.steps_done
         status.num_lacking_tokens = stats.num_lacking_tokens
+        status.unscheduled_ns = stats.unscheduled_ns
+        status.max_steps_in_flight = stats.max_steps_in_flight
         status.mean_timings.extend(wire.hop_timing_to_proto(each) for each in stats.mean_timings)
     return status
 

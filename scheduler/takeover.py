@@ -26,7 +26,7 @@ def recut(
 ) -> Assignment | None:
     """Who holds what instead, in the order of the stages; None where memory does not allow it."""
     team = [worker for worker in pipeline.members if worker.session is not None]
-    team = [worker for worker in team if not worker.is_draining]
+    team = [worker for worker in team if not worker.is_draining and not worker.is_shared]
     team += [worker for worker in workers if worker.is_free]
     team.sort(key=lambda worker: _first_layer(worker, costs.num_layers))
     rooms = [_Room.of(worker, pipeline, workers, costs) for worker in team]

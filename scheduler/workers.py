@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from scheduler.pipelines import MeshPipeline
 
 
+# One pipeline's blocks lie at the start of a worker's memory, another's at its end.
+MAX_TENANTS = 2
+
+
 class WorkerPhase(Enum):
     IDLE = "idle"
     LOADING = "loading"
@@ -46,6 +50,10 @@ class WorkerStats:
     sequences_held: int = 0
     available_memory_bytes: int = 0
     blocks_received: int = 0
+    busy_ns: int = 0
+    output_wait_ns: int = 0
+    serialise_ns: int = 0
+    input_wait_ns: int = 0
 
 
 @dataclass(slots=True)
@@ -57,6 +65,14 @@ class Conduct:
     num_times_aside: int = 0
     # Until then others are preferred to it.
     aside_until_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Tenancy:
+    """A pipeline's claim to a part of a worker's memory: from its start or from its end."""
+
+    pipeline: MeshPipeline
+    from_end: bool
 
 
 @dataclass(slots=True, eq=False)
@@ -71,7 +87,8 @@ class Worker:
     loaded: LoadedSpan | None = None
     loading: Span | None = None
     load_fraction: float = 0.0
-    pipeline: MeshPipeline | None = None
+    # In the order in which they came. A pipeline that has moved elsewhere stays until its KV has.
+    tenancies: list[Tenancy] = field(default_factory=list)
     # Why it cannot be used; it stays a member that does nothing.
     error: StageMeshError | None = None
     # Layers that did not fit its memory; no more are given to it.
@@ -89,9 +106,18 @@ class Worker:
 
     @property
     def is_free(self) -> bool:
-        """Whether it may be given a place."""
-        is_taken = self.pipeline is not None or self.is_reserved or self.is_draining
+        """Whether it may be given a place, and has none."""
+        is_taken = bool(self.tenancies) or self.is_reserved or self.is_draining
         return self.session is not None and self.error is None and not is_taken
+
+    @property
+    def pipelines(self) -> list[MeshPipeline]:
+        """Where it has a place."""
+        return [each.pipeline for each in self.tenancies if self in each.pipeline.workers]
+
+    @property
+    def is_shared(self) -> bool:
+        return len(self.tenancies) == MAX_TENANTS
 
     def is_aside(self, now_ns: int) -> bool:
         return now_ns < self.conduct.aside_until_ns
@@ -102,8 +128,41 @@ class Worker:
             return WorkerPhase.LOADING
         if self.loaded is None:
             return WorkerPhase.IDLE
-        is_serving = self.pipeline is not None and self.pipeline.is_serving
+        is_serving = any(pipeline.is_serving for pipeline in self.pipelines)
         return WorkerPhase.SERVING if is_serving else WorkerPhase.READY
+
+    # ---- whose its memory is -------------------------------------------------------------------
+
+    @property
+    def num_blocks(self) -> int:
+        """What each of its pipelines may have; 0 while nothing is loaded."""
+        return self.loaded.num_blocks // self._num_shares if self.loaded else 0
+
+    @property
+    def num_log_blocks(self) -> int:
+        return self.loaded.num_log_blocks // self._num_shares if self.loaded else 0
+
+    @property
+    def _num_shares(self) -> int:
+        return max(1, len(self.tenancies))
+
+    def end_of(self, pipeline: MeshPipeline) -> bool | None:
+        """Whether the pipeline's blocks lie from the end; None where it has none here."""
+        ends = (each.from_end for each in self.tenancies if each.pipeline is pipeline)
+        return next(ends, None)
+
+    def let_in(self, pipeline: MeshPipeline, preferred_end: bool | None) -> None:
+        """Takes the pipeline in at an end that is free, the preferred one if it is."""
+        assert len(self.tenancies) < MAX_TENANTS
+        assert self.end_of(pipeline) is None
+        taken = {each.from_end for each in self.tenancies}
+        wanted = False if preferred_end is None else preferred_end
+        self.tenancies.append(Tenancy(pipeline, not wanted if wanted in taken else wanted))
+
+    def let_go(self, pipeline: MeshPipeline) -> None:
+        self.tenancies = [each for each in self.tenancies if each.pipeline is not pipeline]
+
+    # ---- what it holds -------------------------------------------------------------------------
 
     def holds(self, span: Span) -> bool:
         return self.loaded is not None and self.loaded.span == span

@@ -1,104 +1,58 @@
-"""Attention of a step's queries over paged KV: what is read is planned once per step.
+"""What a kernel of attention over paged KV is: it plans a step's reading once, then attends.
 
-    T tokens of the step, R rows of a group, n queries per row, C context slots, W window
-    H query heads, K KV heads, G = H / K, D head dim
+    T tokens of the step; H query heads, K KV heads, D head dim
 
-Rows with equally many queries and contexts of similar length form a group, padded to its longest
-context. A padded slot repeats a slot of its own sequence, so no query ever reads a value of
-another sequence or of a stale page, not even under the mask: NaN times zero would be NaN.
+How pages are read is a kernel's own business: `stage_worker.padded_attention` gathers contexts.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
 from stage_worker.kv_cache import KvCache
+
+P = TypeVar("P")
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
     """One row as attention sees it: its tokens [first, first + num_tokens) of the step stand at
-    positions from `start` on; `slots` [start + num_tokens] are those of its whole context.
+    positions from `start` on, and its whole context is [0, end).
+
+    `slots` [end] are those of the context, on the device of the pages; `blocks` are its block ids
+    in order, at least as many as it needs.
     """
 
     first: int
     num_tokens: int
     start: int
     slots: Tensor
+    blocks: Sequence[int]
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
-    """tokens: [R, n] index into the step's; slots: [R, C]; mask: [R, n, C], true where read."""
+class Attention(Protocol[P]):
+    """A kernel. What it plans, P, is known to itself only."""
 
-    tokens: Tensor
-    slots: Tensor
-    mask: Tensor
+    def plan(self, rows: Sequence[Query], window: int | None, cache: KvCache) -> P:
+        """Once per step for all layers with this window (None: whole context).
 
-
-class Attention(Protocol):
-    def __call__(self, group: Group, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """queries: [R, n, H, D]; keys, values: [R, C, K, D] -> [R, n, H, D]."""
+        `rows` are at least one and cover the step's tokens in order. A query at position p reads
+        [0, p], or the last `window` of them. The pages are not looked at yet.
+        """
         ...
 
+    def attend(self, queries: Tensor, plan: P, cache: KvCache, layer: int) -> Tensor:
+        """queries: [T, H, D], whose own keys and values are written already -> [T, H * D].
 
-def plan_groups(rows: Sequence[Query], window: int | None, tile: int) -> list[Group]:
-    """Groups for layers with this window; contexts start and end at multiples of `tile`."""
-    buckets: dict[tuple[int, int], list[tuple[Query, int]]] = defaultdict(list)
-    for row in rows:
-        begin = 0 if window is None else max(0, row.start - window + 1) // tile * tile
-        length = row.start + row.num_tokens - begin
-        buckets[row.num_tokens, length.bit_length()].append((row, begin))
-    return [_plan_group(members, window, tile) for members in buckets.values()]
-
-
-def _plan_group(members: Sequence[tuple[Query, int]], window: int | None, tile: int) -> Group:
-    device = members[0][0].slots.device
-    longest = max(row.start + row.num_tokens - begin for row, begin in members)
-    context = -(-longest // tile) * tile
-    slots = torch.stack([_padded(row.slots[begin:], context) for row, begin in members])
-    firsts = torch.tensor([row.first for row, _ in members], device=device)
-    starts = torch.tensor([row.start for row, _ in members], device=device)
-    begins = torch.tensor([begin for _, begin in members], device=device)
-    steps = torch.arange(members[0][0].num_tokens, device=device)
-    query_positions = (starts[:, None] + steps)[:, :, None]
-    key_positions = (begins[:, None] + torch.arange(context, device=device))[:, None, :]
-    mask = key_positions <= query_positions
-    if window is not None:
-        mask &= key_positions > query_positions - window
-    return Group(tokens=firsts[:, None] + steps, slots=slots, mask=mask)
-
-
-def _padded(slots: Tensor, length: int) -> Tensor:
-    return torch.cat((slots, slots[-1:].expand(length - slots.shape[0])))
-
-
-def attend(
-    attention: Attention, groups: Sequence[Group], cache: KvCache, layer: int, queries: Tensor
-) -> Tensor:
-    """queries: [T, H, D], whose own keys and values are written already -> [T, H * D]."""
-    output = torch.empty_like(queries)
-    for group in groups:
-        keys, values = cache.read(layer, group.slots)
-        output[group.tokens] = attention(group, queries[group.tokens], keys, values)
-    return output.flatten(1)
-
-
-def fast_attention(group: Group, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """torch's fused kernel. With one query a row, the query heads of a KV head are its queries."""
-    _, num_queries, num_heads, head_dim = queries.shape
-    keys, values, mask = keys.transpose(1, 2), values.transpose(1, 2), group.mask[:, None]
-    if num_queries == 1:
-        grouped = queries.reshape(len(queries), keys.shape[1], -1, head_dim)
-        mask = mask.expand(-1, -1, grouped.shape[2], -1)
-        output = torch.nn.functional.scaled_dot_product_attention(grouped, keys, values, mask)
-        return output.reshape(-1, 1, num_heads, head_dim)
-    return torch.nn.functional.scaled_dot_product_attention(
-        queries.transpose(1, 2), keys, values, mask, enable_gqa=keys.shape[1] != num_heads
-    ).transpose(1, 2)
+        No query may read a value of another sequence or of a stale page, not even under a mask:
+        NaN times zero would be NaN.
+        """
+        ...

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from stage_worker.attention import Query, plan_groups
+from stage_worker.attention import Attention, Query
 from stage_worker.decoder import Batch
+from stage_worker.kv_cache import KvCache
 from stage_worker.rope import angles
 from stage_worker.sequences import Sequence
 from stagemesh.plan import Row
@@ -34,14 +36,20 @@ class PlacedRow:
 
 
 class BatchBuilder:
-    """`windows` are those of the stage's layers; contexts are read in multiples of `tile`."""
+    """`windows` are those of the stage's layers; `dtype` is what it computes in."""
 
     def __init__(
-        self, windows: Rows[int | None], rope: RopeSpec, tile: int, dtype: torch.dtype
+        self,
+        windows: Rows[int | None],
+        rope: RopeSpec,
+        attention: Attention[Any],
+        cache: KvCache,
+        dtype: torch.dtype,
     ) -> None:
         self._windows = list(dict.fromkeys(windows))
         self._rope = rope
-        self._tile = tile
+        self._attention = attention
+        self._cache = cache
         self._dtype = dtype
 
     def build(self, placed: Rows[PlacedRow], stage: int) -> Batch:
@@ -52,15 +60,12 @@ class BatchBuilder:
             self._frequencies(placed),
             self._rope.attention_factor,
         )
-        rows = [
-            Query(entry.first, entry.row.num_tokens, entry.row.start, _context(entry))
-            for entry in placed
-        ]
-        groups = {window: plan_groups(rows, window, self._tile) for window in self._windows}
+        rows = [_query(entry) for entry in placed]
+        reading = {w: self._attention.plan(rows, w, self._cache) for w in self._windows}
         written = _written(placed, stage, slots.device)
         written_slots = slots if written is None else slots[written]
         cos, sin = cos.to(self._dtype), sin.to(self._dtype)
-        return Batch(slots, written_slots, written, cos, sin, groups)
+        return Batch(slots, written_slots, written, cos, sin, reading)
 
     def _frequencies(self, placed: Rows[PlacedRow]) -> Tensor:
         """[D / 2] where all sequences share them, else [T, D / 2]."""
@@ -80,8 +85,10 @@ def _written(placed: Rows[PlacedRow], stage: int, device: torch.device) -> Tenso
     return torch.tensor(writing).repeat_interleave(counts).nonzero().flatten().to(device)
 
 
-def _context(entry: PlacedRow) -> Tensor:
-    return entry.sequence.slots[: entry.row.start + entry.row.num_tokens]
+def _query(entry: PlacedRow) -> Query:
+    row, sequence = entry.row, entry.sequence
+    slots = sequence.slots[: row.start + row.num_tokens]
+    return Query(entry.first, row.num_tokens, row.start, slots, sequence.blocks)
 
 
 def _positions(entry: PlacedRow, device: torch.device) -> Tensor:

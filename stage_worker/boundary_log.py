@@ -2,11 +2,12 @@
 
     N blocks, O offset in a block, E hidden size
 
-A token's hidden states lie at the slot of its KV (slot = block * block size + offset), so what is
+A token's hidden states lie in the block of its KV (slot = block * block size + offset), so what is
 true of a block's KV is true of its log: rows that come again overwrite it, and nothing is ever
-freed. From it the stage after this one is rebuilt without computing this one again. Blocks from
-`num_blocks` on are not logged. Memory is not touched before something is written to it; what unused
-slots hold is arbitrary. Knows nothing of sequences.
+freed. From it the stage after this one is rebuilt without computing this one again. Where the log
+is shorter than the KV, some blocks are not logged. Memory is not touched before something is
+written to it; what unused slots hold is arbitrary. Knows nothing of sequences, nor whose blocks
+these are.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import torch
 from torch import Tensor
 
 from stage_worker.memory import available_bytes
+
+NOT_LOGGED = -1
+"""In place of the slot of a token whose block is not logged."""
 
 # Without a budget: this part of what the host has left, and never more than there are KV blocks.
 _HOST_FRACTION = 0.25
@@ -33,24 +37,20 @@ class BoundaryLog:
 
     def holds(self, slots: Tensor) -> bool:
         """Whether all of these slots are of blocks that are logged."""
-        return not len(slots) or int(slots.max()) < self._num_slots
+        return not len(slots) or int(slots.min()) > NOT_LOGGED
 
     def write(self, slots: Tensor, hidden: Tensor) -> None:
-        """slots: [T] on the CPU, hidden: [T, E]. What is beyond the log is left out."""
+        """slots: [T] on the CPU, hidden: [T, E]. What is not logged is left out."""
         if not self.num_blocks:
             return
         if not self.holds(slots):
-            logged = (slots < self._num_slots).nonzero().flatten()
+            logged = (slots > NOT_LOGGED).nonzero().flatten()
             slots, hidden = slots[logged], hidden[logged]
         self.pages.flatten(0, 1).index_copy_(0, slots, hidden)
 
     def read(self, slots: Tensor) -> Tensor:
         """slots: [T], all of them logged -> [T, E]."""
         return self.pages.flatten(0, 1).index_select(0, slots)
-
-    @property
-    def _num_slots(self) -> int:
-        return self.pages.shape[0] * self.pages.shape[1]
 
 
 def log_block_bytes(hidden_size: int, block_size_tokens: int, item_bytes: int) -> int:

@@ -7,7 +7,6 @@ touched. Every way in which files can be wrong is a CheckpointError that names t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,8 @@ TORCH_DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 # As safetensors headers spell them.
 STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+# What else holds weights that are quantised.
+_CODE_DTYPES = ("I8", "I32", "I64", "F8_E4M3")
 
 
 class Checkpoint:
@@ -47,11 +48,18 @@ class Checkpoint:
         return self._dir / self._file_of[name]
 
     def view(self, name: str, shape: Shape) -> Tensor:
-        """The tensor as stored, backed by the file; not to be written to.
+        """The tensor of floats as stored, backed by the file; not to be written to.
 
         Raises CheckpointError where its file is missing or damaged, or it is not there or of
         another shape; UnsupportedModel where it is stored in a dtype that is not understood.
         """
+        return self._view(name, shape, tuple(STORED_DTYPES))
+
+    def codes(self, name: str, shape: Shape) -> Tensor:
+        """As `view`, of a tensor that may hold codes as well."""
+        return self._view(name, shape, (*STORED_DTYPES, *_CODE_DTYPES))
+
+    def _view(self, name: str, shape: Shape, known: tuple[str, ...]) -> Tensor:
         reader = self._reader(self.file_of(name))
         found, stored = self._header(name)
         if found != shape:
@@ -59,7 +67,7 @@ class Checkpoint:
                 f"{self.file_of(name)}: {name} has shape {list(found)}, config.json says "
                 f"{list(shape)}"
             )
-        if stored not in STORED_DTYPES:
+        if stored not in known:
             raise UnsupportedModel(f"{name} is stored as {stored}, which is not supported")
         tensor: Tensor = reader.get_tensor(name)
         return tensor
@@ -104,19 +112,3 @@ def _open_file(path: Path) -> Any:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or cut off: {error}") from error
-
-
-def copy_in_pieces(target: Tensor, source: Tensor, on_bytes: Callable[[int], None]) -> None:
-    """Copies a view into memory, converting, a bounded number of rows at a time.
-
-    No conversion ever needs a second buffer of the tensor's size.
-    """
-    rows = max(1, PIECE_BYTES // max(1, target[:1].nbytes))
-    for start in range(0, target.shape[0], rows):
-        piece = target[start : start + rows]
-        piece.copy_(source[start : start + rows])
-        on_bytes(piece.nbytes)
-
-
-# Small against any stage worth splitting off; large enough to copy at full speed.
-PIECE_BYTES = 8 * 2**20

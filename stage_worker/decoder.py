@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from stage_worker.attention import Group, attend
+from stage_worker.attention import Attention
 from stage_worker.kernels import Kernels
 from stage_worker.kv_cache import KvCache
 from stage_worker.rope import rotate
@@ -29,8 +30,8 @@ class Batch:
 
     `slots` [T] is where their keys and values lie; those of `written` [W] (None: of all) are
     written there, at `written_slots` [W], and the pages hold the others' already. `cos`, `sin`
-    [T, 1, D / 2] are in the model's dtype; `groups` has a reading plan per sliding window (None:
-    whole context).
+    [T, 1, D / 2] are in the model's dtype; `reading` has what the attention kernel planned per
+    sliding window (None: whole context).
     """
 
     slots: Tensor
@@ -38,7 +39,7 @@ class Batch:
     written: Tensor | None
     cos: Tensor
     sin: Tensor
-    groups: Mapping[int | None, Sequence[Group]]
+    reading: Mapping[int | None, Any]
 
 
 class Decoder:
@@ -61,8 +62,9 @@ class Decoder:
         self._dtype = dtype
 
     @property
-    def attention_tile(self) -> int:
-        return self._kernels.attention_tile
+    def attention(self) -> Attention[Any]:
+        """Plans the reading of a batch."""
+        return self._kernels.attention
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[T] -> [T, E]; on the first stage."""
@@ -95,8 +97,8 @@ class Decoder:
             keys = self._norm(keys, layer.key_norm)
         queries = rotate(queries, batch.cos, batch.sin)
         self._write(i, batch, rotate(keys, batch.cos, batch.sin), values)
-        groups = batch.groups[self._windows[i]]
-        return layer.output(attend(self._kernels.attention, groups, self._cache, i, queries))
+        plan = batch.reading[self._windows[i]]
+        return layer.output(self._kernels.attention.attend(queries, plan, self._cache, i))
 
     def _write(self, i: int, batch: Batch, keys: Tensor, values: Tensor) -> None:
         if batch.written is not None:

@@ -26,11 +26,12 @@ MAX_QUEUED_JOBS = 1024
 class Outcome(Generic[T]):
     """What came of a job: a value or an error, and where its time went.
 
-    `idle_ns` is how long the device had nothing to do before this job.
+    `start_ns` is of time.perf_counter_ns; before it the device had nothing to do for `idle_ns`.
     """
 
     value: T | None
     error: Exception | None
+    start_ns: int
     queue_ns: int
     run_ns: int
     idle_ns: int
@@ -122,7 +123,7 @@ class DeviceThread:
             self._running = job
             outcome = _run(job, idle_since_ns)
             self._running = None
-            idle_since_ns = time.perf_counter_ns()
+            idle_since_ns = outcome.start_ns + outcome.run_ns
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
                 self._loop.call_soon_threadsafe(_resolve, job.future, outcome)
             del job, outcome  # or tensors would stay alive until the next job
@@ -138,6 +139,7 @@ def _run(job: Job, idle_since_ns: int) -> Outcome[Any]:
     return Outcome(
         value=value,
         error=error,
+        start_ns=start_ns,
         queue_ns=start_ns - job.submitted_ns,
         run_ns=time.perf_counter_ns() - start_ns,
         idle_ns=start_ns - idle_since_ns,

@@ -7,15 +7,16 @@ Whatever breaks ends the epoch here and is reported once; the scheduler decides 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from stage_worker.device_thread import DeviceThread, Outcome, as_mesh_error
+from stage_worker.kv_claims import KvClaim
 from stage_worker.page_fetch import fetch_into
 from stage_worker.place import EpochReports, Patience, Place
-from stage_worker.span_holder import HeldSpan
 from stage_worker.stats import Stats
 from stage_worker.watchdog import FIRST_STEP_LIMIT_S, step_limit_s
 from stagemesh.errors import (
@@ -26,6 +27,7 @@ from stagemesh.errors import (
     StaleEpoch,
     StepOutOfOrder,
 )
+from stagemesh.page_frames import PageBatch
 from stagemesh.plan import HopTiming, StepResult
 from stagemesh.transport import Hello, Message, PushStream, StepFrame, open_push_stream
 
@@ -47,7 +49,7 @@ class EpochMember:
     def __init__(
         self,
         place: Place,
-        held: HeldSpan,
+        claim: KvClaim,
         device: DeviceThread,
         stats: Stats,
         own_address: str,
@@ -56,7 +58,8 @@ class EpochMember:
         patience: Patience,
     ) -> None:
         self.place = place
-        self.held = held
+        self.claim = claim
+        self.held = claim.held
         self.accepting = False
         self.has_incoming = False
         self.joined = False
@@ -66,6 +69,8 @@ class EpochMember:
         self._reports = reports
         self._on_accepting = on_accepting
         self._patience = patience
+        self._seat = stats.occupancy.join()
+        self._began_ns = time.perf_counter_ns()
         self._next_step = 0
         self._executing: asyncio.Queue[tuple[StepFrame, asyncio.Future[Outcome[StageOutput]]]]
         self._executing = asyncio.Queue(MAX_QUEUED_STEPS)
@@ -98,7 +103,7 @@ class EpochMember:
         if not isinstance(message, StepFrame):
             raise ProtocolError("a result was sent to a stage")
         step = message.step
-        if (step.pipeline_id, step.epoch) != (self.place.pipeline_id, self.place.epoch):
+        if (step.pipeline_id, step.epoch) != self.place.key:
             raise StaleEpoch(f"a step of {step.epoch} came by a stream of {self.place.epoch}")
         if step.step != self._next_step:
             self.fail(StepOutOfOrder(f"step {step.step} came, {self._next_step} was due"))
@@ -113,7 +118,7 @@ class EpochMember:
         work = cost.work_of(step, self.place.stage)
         outcome = self._device.submit(
             lambda: self._execute(message),
-            name=f"step {step.step}",
+            name=f"step {step.step} of {step.pipeline_id}",
             # Asked while it runs: steps that were queued before it have been learned from by then.
             limit_s=lambda: step_limit_s(cost, work, self._patience.step_timeout_s),
         )
@@ -133,6 +138,7 @@ class EpochMember:
 
     def _end(self, error: StageMeshError) -> None:
         self._device_may_go_on = False
+        self._seat.leave()
         self._ended.set_result(error)
 
     async def _join_and_forward(self) -> None:
@@ -142,9 +148,13 @@ class EpochMember:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._watch(stream))
-                timeout_s = self._patience.ping_timeout_s
                 has_pages = await fetch_into(
-                    self.held, self.place, self._device, self._stats, timeout_s
+                    self._write_pages,
+                    self.held.span,
+                    self.place,
+                    self._device,
+                    self._stats,
+                    self._patience.ping_timeout_s,
                 )
                 self.joined = True
                 self._reports.joined(self.place, has_pages)
@@ -157,9 +167,10 @@ class EpochMember:
         try:
             await self._device.run(
                 lambda: executor.join(
+                    pipeline_id=place.pipeline_id,
                     stage=place.stage,
                     num_stages=place.num_stages,
-                    num_blocks=place.num_blocks,
+                    blocks=self.claim.blocks,
                     keep_kv=place.keep_kv,
                 ),
                 name="a join",
@@ -177,6 +188,7 @@ class EpochMember:
                 hello,
                 timeout_s=OPEN_TIMEOUT_S,
                 traffic=self._stats.traffic,
+                meter=self._seat,
                 ping_timeout_s=self._patience.ping_timeout_s,
             )
         except StageMeshError as error:
@@ -206,10 +218,17 @@ class EpochMember:
         if not self._device_may_go_on:
             raise StaleEpoch("the epoch ended before the step's turn came")
         try:
-            return self.held.executor.execute(frame.step, frame.payload, frame.dtype)
+            with self._seat.computing():
+                return self.held.executor.execute(frame.step, frame.payload, frame.dtype)
         except BaseException:
             self._device_may_go_on = False
             raise
+
+    def _write_pages(self, batch: PageBatch) -> None:
+        """On the device thread. Once the epoch has ended the blocks may be another pipeline's."""
+        if not self._device_may_go_on:
+            raise StaleEpoch("the epoch ended before its pages could be written")
+        self.held.executor.pages.write(batch, self.claim.blocks)
 
     def _output(self, frame: StepFrame, outcome: Outcome[StageOutput]) -> Message:
         output = outcome.unwrap()
@@ -221,6 +240,7 @@ class EpochMember:
             compute_ns=outcome.run_ns,
             idle_ns=outcome.idle_ns,
             received_bytes=len(frame.payload),
+            started_ns=max(0, outcome.start_ns - self._began_ns),
         )
         self.held.cost.observe(self.held.cost.work_of(step, timing.stage), timing.compute_ns / 1e9)
         self._stats.count_step(len(step.rows), step.num_tokens, timing)

@@ -2,8 +2,9 @@
 
 Every method runs on the device thread, synchronously. A stage takes over the state and the blocks
 of every row, executes those that concern it, and logs what came of them; for a row whose input
-comes from its log, it passes the logged hidden states on. Knows nothing of streams, epochs or other
-workers: order and epochs are checked before a step comes here.
+comes from its log, it passes the logged hidden states on. It may serve two pipelines, each with
+its blocks from one end of the pages. Knows nothing of streams, epochs or other workers: order and
+epochs are checked before a step comes here.
 
     T tokens that are executed, E hidden size
 """
@@ -15,16 +16,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from stage_worker.batch import BatchBuilder, PlacedRow
+from stage_worker.block_ranges import PipelineBlocks
 from stage_worker.boundary_log import BoundaryLog
 from stage_worker.checkpoint import DTYPE_NAMES
 from stage_worker.loading import ExecutorConfig, ExecutorFacts, LoadedStage, load_stage
 from stage_worker.pages import PageStore
-from stage_worker.payload import bytes_view, hidden_from_bytes
+from stage_worker.payload import check_wire_dtype, hidden_as_bytes, hidden_from_bytes
 from stage_worker.results import RowSampler
 from stage_worker.rope import inverse_frequencies
 from stage_worker.sequences import Sequence, SequenceTable
+from stage_worker.tenancy import Tenancy
 from stage_worker.warm_up import warm_up
 from stagemesh.errors import ProtocolError
 from stagemesh.plan import Row, RowResult, Step
@@ -48,10 +52,10 @@ class StageOutput:
 
 @dataclass(frozen=True, slots=True)
 class _Logged:
-    """A row that passes this stage by and whose input the next one gets from the log here."""
+    """A row that passes this stage by and whose input the next one gets from these slots of the log
+    here, [T]."""
 
-    row: Row
-    sequence: Sequence
+    slots: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +67,8 @@ class _Work:
 
 
 class StageExecutor:
-    """One stage. `load` makes it, `join` gives it its place, `execute` takes steps in order."""
+    """One stage. `load` makes it, `join` gives it its place in a pipeline, `execute` takes that
+    one's steps in order."""
 
     def __init__(self, loaded: LoadedStage) -> None:
         self.spec = loaded.spec
@@ -75,14 +80,15 @@ class StageExecutor:
         self._decoder = loaded.decoder
         keys = loaded.cache.keys[0]
         self._dtype, self._device = keys.dtype, keys.device
-        self._table = SequenceTable(
-            loaded.facts.block_size_tokens, self.spec.vocab_size, self._device
-        )
+        self.wire_dtype = loaded.wire_dtype  # of hidden states that come and go
         windows = self.spec.layer_windows[self._span.start : self._span.end]
-        tile = self._decoder.attention_tile
-        self._batches = BatchBuilder(windows, self.spec.rope, tile, self._dtype)
+        self._batches = BatchBuilder(
+            windows, self.spec.rope, self._decoder.attention, self.cache, self._dtype
+        )
         self._sampler = RowSampler(self._decoder.logits)
-        self._stage, self._num_stages, self._num_blocks = 0, 0, 0
+        # By whether its blocks are those from the end. Replaced, never changed: `num_sequences` is
+        # asked by the event loop.
+        self._tenancies: dict[bool, Tenancy] = {}
 
     @classmethod
     @torch.inference_mode()
@@ -94,28 +100,46 @@ class StageExecutor:
 
     @property
     def dtype(self) -> str:
-        """What weights, KV and hidden states on the wire are in."""
+        """What weights and KV are in."""
         return DTYPE_NAMES[self._dtype]
 
     @property
-    def item_bytes(self) -> int:
-        """Of one number in that type."""
-        return self._dtype.itemsize
-
-    @property
     def num_sequences(self) -> int:
-        return len(self._table)
+        """Of all pipelines."""
+        return sum(len(tenancy.sequences) for tenancy in self._tenancies.values())
 
-    def join(self, *, stage: int, num_stages: int, num_blocks: int, keep_kv: bool) -> None:
-        """Takes the stage's place in a pipeline whose blocks are [0, num_blocks).
+    def join(
+        self,
+        *,
+        pipeline_id: str,
+        stage: int,
+        num_stages: int,
+        blocks: PipelineBlocks,
+        keep_kv: bool,
+    ) -> None:
+        """Takes the stage's place in a pipeline.
 
-        Without `keep_kv` all sequences are forgotten. Pages never move: it is the plan that says
-        what is valid of them. Raises ProtocolError.
+        With `keep_kv` the sequences that the pipeline has at this end are kept. Those of another
+        one at this end are forgotten, and so are those of this one at the other. Pages never move:
+        it is the plan that says what is valid of them. Raises ProtocolError.
         """
-        if not 0 < num_blocks <= self.facts.num_blocks:
-            raise ProtocolError(
-                f"the pipeline has {num_blocks} blocks, this stage {self.facts.num_blocks}"
-            )
+        self._check_place(stage, num_stages)
+        held = self._tenancies.get(blocks.from_end)
+        if keep_kv and held is not None and held.pipeline_id == pipeline_id:
+            sequences = held.sequences
+            sequences.resize(blocks.kv)
+        else:
+            block_size = self.facts.block_size_tokens
+            sequences = SequenceTable(blocks.kv, block_size, self.spec.vocab_size, self._device)
+        tenancy = Tenancy(pipeline_id, stage, num_stages, blocks, sequences)
+        others = {
+            end: other
+            for end, other in self._tenancies.items()
+            if end != blocks.from_end and other.pipeline_id != pipeline_id
+        }
+        self._tenancies = {**others, blocks.from_end: tenancy}
+
+    def _check_place(self, stage: int, num_stages: int) -> None:
         first, last = self._span.start == 0, self._span.end == self.spec.num_layers
         if (
             not 0 <= stage < num_stages
@@ -126,96 +150,102 @@ class StageExecutor:
                 f"layers [{self._span.start}, {self._span.end}) of {self.spec.num_layers} cannot "
                 f"be stage {stage} of {num_stages}"
             )
-        if not keep_kv:
-            self._table.clear()
-        self._stage, self._num_stages, self._num_blocks = stage, num_stages, num_blocks
 
     def forget(self) -> None:
-        """Gives the stage's place up, and all sequences."""
-        self._table.clear()
-        self._num_stages = 0
+        """Gives the stage's place in every pipeline up, and all sequences."""
+        self._tenancies = {}
 
     @torch.inference_mode()
     def execute(
         self, step: Step, payload: bytes | bytearray | memoryview, payload_dtype: str
     ) -> StageOutput:
-        """Executes the rows that concern this stage.
+        """Executes the rows that concern this stage, in the pipeline of the step.
 
         `payload` holds the hidden states of those that began on an earlier one, or that begin here
         with what the stage before has logged. Raises ProtocolError where the plan does not fit
         what this stage holds.
         """
+        tenancy = self._tenancy_of(step)
         for gone in step.forget:
-            self._table.forget(gone)
-        work = self._take_rows(step)
-        num_tokens = sum(entry.row.num_tokens for entry in work.executed)
-        hidden = self._input(work.executed, num_tokens, payload, payload_dtype)
-        is_last = self._stage + 1 == self._num_stages
+            tenancy.sequences.forget(gone)
+        work = self._take_rows(step, tenancy)
+        hidden = self._input(work.executed, tenancy.stage, payload, payload_dtype)
         if work.executed:
-            batch = self._batches.build(work.executed, self._stage)
+            batch = self._batches.build(work.executed, tenancy.stage)
             hidden = self._decoder.forward(hidden, batch)
-            if not is_last:
+            if not tenancy.is_last:
                 hidden = hidden.to("cpu")
-                self.log.write(batch.slots.to("cpu"), hidden)
-        if is_last:
+                self.log.write(tenancy.log_slots(batch.slots), hidden)
+        if tenancy.is_last:
             return self._output(hidden[:0], self._sampler.results(step, work.executed, hidden))
         return self._output(_joined(hidden, work, self.log), ())
 
-    def _take_rows(self, step: Step) -> _Work:
-        if not self._num_stages:
-            raise ProtocolError("a step came before this stage joined an epoch")
+    def _tenancy_of(self, step: Step) -> Tenancy:
+        for tenancy in self._tenancies.values():
+            if tenancy.pipeline_id == step.pipeline_id:
+                return tenancy
+        raise ProtocolError(
+            f"a step of {step.pipeline_id} came before this stage joined an epoch of it"
+        )
+
+    def _take_rows(self, step: Step, tenancy: Tenancy) -> _Work:
         work = _Work([], [])
         first_token = 0
         for row in step.rows:
-            sequence = self._take_row(row)
-            entry: PlacedRow | _Logged = _Logged(row, sequence)
-            if row.first_stage <= self._stage < row.end_stage:
-                entry = PlacedRow(row, sequence, first_token)
-                work.executed.append(entry)
+            sequence = self._take_row(row, tenancy)
+            if row.first_stage <= tenancy.stage < row.end_stage:
+                placed = PlacedRow(row, sequence, first_token)
+                work.executed.append(placed)
                 first_token += row.num_tokens
-            if row.first_stage <= self._stage + 1 < row.end_stage:
-                work.sent.append(entry)
+                if tenancy.stage + 1 < row.end_stage:
+                    work.sent.append(placed)
+            elif row.input_from_log_of_stage == tenancy.stage:
+                work.sent.append(self._logged(row, sequence, tenancy))
         return work
 
-    def _take_row(self, row: Row) -> Sequence:
+    def _take_row(self, row: Row, tenancy: Tenancy) -> Sequence:
         """What every stage does with a row, whether it concerns it or not."""
-        _check_stages(row, self._num_stages)
+        _check_stages(row, tenancy.num_stages)
         frequencies = None
         if row.state is not None:
             frequencies = inverse_frequencies(
                 self.spec.rope, self.spec.head_dim, row.state.total_length
             ).to(self._device)
-        sequence = self._table.update(row, self._num_blocks, frequencies)
-        from_log = row.input_from_log_of_stage == self._stage
-        if from_log and not self.log.holds(sequence.slots_of(row)):
+        return tenancy.sequences.update(row, frequencies)
+
+    def _logged(self, row: Row, sequence: Sequence, tenancy: Tenancy) -> _Logged:
+        slots = tenancy.log_slots(sequence.slots_of(row))
+        if not self.log.holds(slots):
             raise ProtocolError(
-                f"sequence {row.sequence_id}: stage {self._stage} logs blocks "
-                f"[0, {self.log.num_blocks}), and others are asked for"
+                f"sequence {row.sequence_id}: stage {tenancy.stage} logs blocks "
+                f"[0, {tenancy.blocks.log.num_blocks}), and others are asked for"
             )
-        return sequence
+        return _Logged(slots)
 
     def _input(
         self,
         executed: list[PlacedRow],
-        num_tokens: int,
+        stage: int,
         payload: bytes | bytearray | memoryview,
         payload_dtype: str,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         hidden_size = self.spec.hidden_size
-        if self._stage > 0:
-            shape = (num_tokens, hidden_size)
-            return hidden_from_bytes(payload, payload_dtype, shape, self._dtype, self._device)
+        if stage > 0:
+            shape = (sum(entry.row.num_tokens for entry in executed), hidden_size)
+            if executed:
+                check_wire_dtype(payload_dtype, self.wire_dtype)
+            return hidden_from_bytes(payload, self.wire_dtype, shape, self._dtype, self._device)
         if not executed:
             return torch.empty(0, hidden_size, dtype=self._dtype, device=self._device)
         token_ids = [token for entry in executed for token in entry.row.token_ids]
         return self._decoder.embed(torch.tensor(token_ids, device=self._device))
 
-    def _output(self, hidden: torch.Tensor, rows: tuple[RowResult, ...]) -> StageOutput:
+    def _output(self, hidden: Tensor, rows: tuple[RowResult, ...]) -> StageOutput:
         return StageOutput(
-            payload=bytes_view(hidden),
+            payload=hidden_as_bytes(hidden, self.wire_dtype),
             num_tokens=len(hidden),
             hidden_size=self.spec.hidden_size,
-            dtype=self.dtype,
+            dtype=self.wire_dtype,
             rows=rows,
         )
 
@@ -240,14 +270,14 @@ def _check_stages(row: Row, num_stages: int) -> None:
         )
 
 
-def _joined(hidden: torch.Tensor, work: _Work, log: BoundaryLog) -> torch.Tensor:
+def _joined(hidden: Tensor, work: _Work, log: BoundaryLog) -> Tensor:
     """What goes on to the next stage, in the order of the rows. hidden: [T, E]."""
     if len(work.sent) == len(work.executed) and all(map(operator.is_, work.sent, work.executed)):
         return hidden
     pieces = [
         hidden[entry.first : entry.first + entry.row.num_tokens]
         if isinstance(entry, PlacedRow)
-        else log.read(entry.sequence.slots_of(entry.row).to("cpu"))
+        else log.read(entry.slots)
         for entry in work.sent
     ]
     return torch.cat(pieces) if pieces else hidden[:0]

@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 
-from stage_worker.checkpoint import INDEX, STORED_DTYPES, TORCH_DTYPES, Checkpoint
-from stage_worker.layout import Shape, all_parts, part_tensors
+from stage_worker.checkpoint import INDEX, Checkpoint
+from stage_worker.layout import Shape, all_parts, part_tensors, part_weights
+from stage_worker.linear_schemes import FLOAT32, Numerics
+from stage_worker.weights import WeightLoader
 from stagemesh.errors import CheckpointError
 from stagemesh.model_spec import ModelSpec
 from stagemesh.plan import ModelSummary
@@ -29,16 +31,16 @@ _SLICE_BYTES = 2**22
 FileStamps = tuple[tuple[Any, ...], ...]
 
 
-def summarise(model_dir: Path) -> ModelSummary:
+def summarise(model_dir: Path, numerics: Numerics = FLOAT32) -> ModelSummary:
     """The summary of the model in `model_dir`, hashing those parts whose files are all there.
 
-    Raises CheckpointError where a file that is there is damaged or does not fit config.json, or
-    where no part is complete.
+    Sizes are of parts as they are held. Raises CheckpointError where a file that is there is
+    damaged or does not fit config.json, or where no part is complete; ConfigError where `numerics`
+    cannot be had.
     """
     spec = ModelSpec.from_directory(model_dir)
     hashes = _part_hashes(model_dir, spec)
-    item_bytes = TORCH_DTYPES[_stored_dtype(model_dir, spec)].itemsize
-    sizes = {part: item_bytes * _numel(spec, part) for part in ("embedding", "layer.0", "head")}
+    sizes = _part_sizes(model_dir, spec, numerics)
     return ModelSummary(
         name=model_dir.resolve().name,
         architecture=spec.architecture,
@@ -46,7 +48,7 @@ def summarise(model_dir: Path) -> ModelSummary:
         hidden_size=spec.hidden_size,
         vocab_size=spec.vocab_size,
         max_position=spec.context_length,
-        layer_bytes=sizes["layer.0"],
+        layer_bytes=sizes["layer"],
         embedding_bytes=sizes["embedding"],
         head_bytes=sizes["head"],
         structure_hash=structure_hash(spec),
@@ -105,7 +107,7 @@ def _part_hashes(model_dir: Path, spec: ModelSpec) -> dict[str, str]:
 def _hash_part(files: Checkpoint, tensors: dict[str, Shape]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, shape in sorted(tensors.items()):
-        view = files.view(name, shape)
+        view = files.codes(name, shape)
         digest.update(f"{name} {list(shape)} {files.stored_dtype(name)}\n".encode())
         content = view.reshape(-1).view(torch.uint8).numpy().data
         for start in range(0, len(content), _SLICE_BYTES):
@@ -113,18 +115,26 @@ def _hash_part(files: Checkpoint, tensors: dict[str, Shape]) -> str:
     return digest.hexdigest()
 
 
-def _stored_dtype(model_dir: Path, spec: ModelSpec) -> str:
-    """That of the first weight that can be read; files rarely disagree with their config."""
-    files = Checkpoint(model_dir)
-    for part in all_parts(spec):
-        name = next(iter(part_tensors(spec, part)))
-        if files.file_of(name).is_file():
-            return STORED_DTYPES[files.stored_dtype(name)]
-    return spec.dtype
+def _part_sizes(model_dir: Path, spec: ModelSpec, numerics: Numerics) -> dict[str, int]:
+    """Of "embedding", "head" and a "layer" on average; those whose files are missing as floats."""
+    loader = WeightLoader(model_dir, spec, numerics)
+
+    def size(part: str) -> int:
+        try:
+            return loader.part_bytes(part)
+        except CheckpointError:
+            return numerics.dtype.itemsize * _numel(spec, part)
+
+    layers = sum(size(f"layer.{i}") for i in range(spec.num_layers))
+    return {
+        "embedding": size("embedding"),
+        "layer": layers // spec.num_layers,
+        "head": size("head"),
+    }
 
 
 def _numel(spec: ModelSpec, part: str) -> int:
-    return sum(torch.Size(shape).numel() for shape in part_tensors(spec, part).values())
+    return sum(torch.Size(shape).numel() for shape in part_weights(spec, part).values())
 
 
 def _names(tensors: dict[str, Shape]) -> list[list[Any]]:

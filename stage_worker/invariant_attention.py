@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stage_worker.attention import Group
+from stage_worker.padded_attention import Group
 
 TILE = 64
 QUERY_BLOCK = 8
@@ -24,7 +24,7 @@ _LOWEST = -3e38
 _MAX_QUERIES = 4096
 
 
-def invariant_attention(group: Group, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def invariant_kernel(group: Group, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """queries: [R, n, H, D]; keys, values: [R, C, K, D], C a multiple of TILE."""
     num_rows, num_queries, num_heads, head_dim = queries.shape
     num_kv_heads = keys.shape[2]

@@ -1,26 +1,27 @@
-"""The kernels that a stage computes with, chosen once when it is loaded."""
+"""The kernels that a stage computes with but for linear layers, chosen once when it is loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from stage_worker.attention import Attention, fast_attention
-from stage_worker.invariant_attention import TILE, invariant_attention
+from stage_worker.attention import Attention
+from stage_worker.cpu_attention import CpuAttention
+from stage_worker.invariant_attention import TILE, invariant_kernel
+from stage_worker.padded_attention import PaddedAttention, fast_kernel
 from stagemesh.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """`attention_tile`: contexts are read in multiples of it; `packed`: linear layers are."""
+    """`attention` reads the pages, `silu` is the gate of the feed-forward part."""
 
-    attention: Attention
-    attention_tile: int
+    attention: Attention[Any]
     silu: Callable[[Tensor], Tensor]
-    packed: bool
 
 
 def _exact_silu(x: Tensor) -> Tensor:
@@ -31,14 +32,15 @@ def _exact_silu(x: Tensor) -> Tensor:
     return x / (1.0 + torch.exp(-x))
 
 
-FAST = Kernels(fast_attention, 1, torch.nn.functional.silu, packed=False)
-INVARIANT = Kernels(invariant_attention, TILE, _exact_silu, packed=True)
+FAST = Kernels(PaddedAttention(fast_kernel, 1), torch.nn.functional.silu)
+FAST_CPU = Kernels(CpuAttention(), torch.nn.functional.silu)
+INVARIANT = Kernels(PaddedAttention(invariant_kernel, TILE), _exact_silu)
 
 
 def choose_kernels(batch_invariant: bool, dtype: torch.dtype, device: torch.device) -> Kernels:
     """Raises ConfigError where `batch_invariant` cannot be kept."""
     if not batch_invariant:
-        return FAST
+        return FAST_CPU if device.type == "cpu" else FAST
     if dtype != torch.float32 or device.type != "cpu":
         raise ConfigError("batch_invariant needs dtype float32 and device cpu")
     if not torch._C._has_mkldnn:

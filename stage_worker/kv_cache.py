@@ -56,6 +56,26 @@ class KvCache:
             [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
             for _ in range(2)
         )
+        self._views = [
+            (
+                keys.view(1, -1, *shape[2:]).transpose(1, 2),
+                values.view(1, -1, *shape[2:]).transpose(1, 2),
+            )
+            for keys, values in zip(self.keys, self.values, strict=True)
+        ]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.keys[0].dtype
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of one token's keys and values in one layer."""
+        return 2 * self.keys[0][0, 0].nbytes
+
+    def views(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [1, H, N * O, D], where they lie."""
+        return self._views[layer]
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """slots: [T], slot = block * block_size + offset; keys, values: [T, H, D]."""

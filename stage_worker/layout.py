@@ -1,4 +1,4 @@
-"""Which tensors a model's parts consist of: names and shapes in the Hugging Face layout.
+"""Which weights a model's parts consist of, and which tensors hold them: Hugging Face's layout.
 
 Parts are "embedding", "layer.<i>", "norm" and "head", as in `ModelSummary.part_hashes`. The head of
 a model with tied embeddings consists of the embedding's tensor. Knows nothing of files.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from stagemesh.errors import SpanError
 from stagemesh.model_spec import ModelSpec
 from stagemesh.plan import Span
+from stagemesh.stored_format import StoredWeights
 
 Shape = tuple[int, ...]
 
@@ -37,7 +38,22 @@ def span_parts(spec: ModelSpec, span: Span) -> list[str]:
 
 
 def part_tensors(spec: ModelSpec, part: str) -> dict[str, Shape]:
-    """Names and shapes of the tensors of one part."""
+    """Names and shapes of the tensors that files have of one part."""
+    tensors: dict[str, Shape] = {}
+    for name, shape in part_weights(spec, part).items():
+        way = stored_way(spec, name)
+        tensors |= {name: shape} if way is None else stored_tensors(name, shape, way)
+    return tensors
+
+
+def stored_way(spec: ModelSpec, name: str) -> StoredWeights | None:
+    """How files hold a weight; None where it is a tensor of floats."""
+    is_linear = name.endswith("_proj.weight") or name == HEAD
+    return spec.stored.of_weight(name) if spec.stored and is_linear else None
+
+
+def part_weights(spec: ModelSpec, part: str) -> dict[str, Shape]:
+    """Names and shapes of one part's weights, however they are stored."""
     if part == "embedding":
         return {EMBEDDING: (spec.vocab_size, spec.hidden_size)}
     if part == "norm":
@@ -52,7 +68,7 @@ def head_name(spec: ModelSpec) -> str:
 
 
 def layer_tensors(spec: ModelSpec, layer: int) -> dict[str, Shape]:
-    """Names and shapes of one decoder layer's tensors."""
+    """Names and shapes of one decoder layer's weights."""
     hidden, inner = spec.hidden_size, spec.intermediate_size
     query_size = spec.num_heads * spec.head_dim
     kv_size = spec.num_kv_heads * spec.head_dim
@@ -76,3 +92,44 @@ def layer_tensors(spec: ModelSpec, layer: int) -> dict[str, Shape]:
         if bias:
             shapes[f"{name}.bias"] = (num_out,)
     return {f"model.layers.{layer}.{name}": shape for name, shape in shapes.items()}
+
+
+def stored_tensors(name: str, shape: Shape, way: StoredWeights) -> dict[str, Shape]:
+    """Names and shapes of the tensors that hold the matrix `name` of that shape."""
+    num_outputs, num_inputs = shape
+    module = name.removesuffix("weight")
+    per_int = 32 // way.bits
+    num_groups = -(-num_inputs // (way.group_size or num_inputs))
+    if way.layout == "gptq":
+        return {
+            module + "qweight": (num_inputs // per_int, num_outputs),
+            module + "qzeros": (num_groups, num_outputs // per_int),
+            module + "scales": (num_groups, num_outputs),
+            module + "g_idx": (num_inputs,),
+        }
+    if way.layout == "awq":
+        return {
+            module + "qweight": (num_inputs, num_outputs // per_int),
+            module + "qzeros": (num_groups, num_outputs // per_int),
+            module + "scales": (num_groups, num_outputs),
+        }
+    if way.layout == "fp8":
+        return {name: shape, **_fp8_scale(module, shape, way)}
+    scales = {module + "weight_scale": (num_outputs, num_groups)}
+    if way.layout == "int":
+        return {name: shape, **scales}
+    tensors = {
+        module + "weight_packed": (num_outputs, -(-num_inputs // per_int)),
+        module + "weight_shape": (2,),
+        **scales,
+    }
+    if not way.symmetric:
+        tensors[module + "weight_zero_point"] = (-(-num_outputs // per_int), num_groups)
+    return tensors
+
+
+def _fp8_scale(module: str, shape: Shape, way: StoredWeights) -> dict[str, Shape]:
+    if way.block is None:
+        return {module + "weight_scale": (1,) if way.is_per_matrix else (shape[0], 1)}
+    blocks = tuple(-(-size // block) for size, block in zip(shape, way.block, strict=True))
+    return {module + way.scale_name: blocks}

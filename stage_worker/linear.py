@@ -1,104 +1,101 @@
-"""Linear layers: a plain matrix for any device and dtype, or oneDNN-packed float32 pieces.
+"""Linear layers: what all kinds of them have in common, and the plain one for any device and dtype.
 
     T tokens, I inputs, O outputs
 
-A packed layer gives a row the same bits whatever number of rows it comes with, from 2 on; a lone
-row is therefore computed beside a copy of itself. Measured, not promised by oneDNN: the
-equivalence tests hold it to that.
+A layer is made from one or more matrices, whose outputs lie side by side, a bounded number of
+outputs at a time: making it never needs much more memory than it keeps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
-from stage_worker.checkpoint import PIECE_BYTES, copy_in_pieces
+from stage_worker.weight_source import WeightSource
+
+# Weights that are converted at a time: few against any stage worth splitting off, enough for a
+# kernel to be called at its full speed.
+PIECE_WEIGHTS = 2**21
 
 
 class Linear(Protocol):
+    @property
+    def nbytes(self) -> int:
+        """Memory that it keeps."""
+        ...
+
     def __call__(self, x: Tensor) -> Tensor:
-        """[T, I] -> [T, O]."""
+        """[T, I] -> [T, O], in the dtype of x."""
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class LinearSource:
+    """What a layer is made of. Either each of `weights` has a bias (a view of a file), or none.
+
+    `on_bytes` is told of memory as it is filled.
+    """
+
+    weights: Sequence[WeightSource]
+    biases: Sequence[Tensor]
+    on_bytes: Callable[[int], None]
+
+    @property
+    def num_inputs(self) -> int:
+        return self.weights[0].shape[1]
+
+    @property
+    def num_outputs(self) -> int:
+        return sum(weight.shape[0] for weight in self.weights)
+
+    def bias(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """[O]"""
+        if not self.biases:
+            return None
+        bias = torch.cat([part.to(dtype) for part in self.biases]).to(device)
+        self.on_bytes(bias.nbytes)
+        return bias
+
+    def pieces(self) -> Iterator[tuple[WeightSource, int, int]]:
+        """(matrix, start, end): its outputs in pieces of a bounded size, in order."""
+        for weight in self.weights:
+            num_outputs, num_inputs = weight.shape
+            rows = rows_per_piece(num_inputs)
+            for start in range(0, num_outputs, rows):
+                yield weight, start, min(start + rows, num_outputs)
+
+
+def rows_per_piece(num_inputs: int) -> int:
+    """At least 64, in multiples of 64: what packed layouts group outputs by."""
+    return max(64, PIECE_WEIGHTS // num_inputs // 64 * 64)
+
+
 class PlainLinear:
+    """One matrix, as torch multiplies by it."""
+
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight = weight  # [O, I]
-        self._bias = bias
+        self.bias = bias
+
+    @classmethod
+    def make(cls, source: LinearSource, dtype: torch.dtype, device: torch.device) -> Self:
+        shape = (source.num_outputs, source.num_inputs)
+        weight = torch.empty(shape, dtype=dtype, device=device)
+        filled = 0
+        for matrix, start, end in source.pieces():
+            piece = weight[filled : filled + end - start]
+            piece.copy_(matrix.dense(start, end))
+            source.on_bytes(piece.nbytes)
+            filled += end - start
+        return cls(weight, source.bias(dtype, device))
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x, self.weight, self._bias)
-
-
-class PackedLinear:
-    """Output columns in pieces of a bounded size, so that packing needs little memory beside."""
-
-    def __init__(self, pieces: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
-        self._pieces = list(zip(pieces, biases, strict=True))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        num_rows = x.shape[0]
-        if num_rows == 0:
-            return x.new_empty(0, sum(piece.shape[0] for piece, _ in self._pieces))
-        if num_rows == 1:
-            x = x.expand(2, -1).contiguous()
-        outputs = [_packed_product(x, piece, bias) for piece, bias in self._pieces]
-        whole = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-        return whole[:num_rows]
-
-
-def _packed_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return product
-
-
-def plain_linear(
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    dtype: torch.dtype,
-    device: torch.device,
-    on_bytes: Callable[[int], None],
-) -> PlainLinear:
-    """One layer whose outputs are those of `weights` (views of files) side by side."""
-    bias = _join(biases, dtype, device, on_bytes) if biases else None
-    return PlainLinear(_join(weights, dtype, device, on_bytes), bias)
-
-
-def packed_linear(
-    weights: Sequence[Tensor], biases: Sequence[Tensor], on_bytes: Callable[[int], None]
-) -> PackedLinear:
-    """As `plain_linear`, float32 on the CPU, packed."""
-    pieces: list[Tensor] = []
-    piece_biases: list[Tensor | None] = []
-    for i, weight in enumerate(weights):
-        bias = biases[i].to(torch.float32, copy=True) if biases else None
-        rows = _rows_per_piece(weight)
-        for start in range(0, weight.shape[0], rows):
-            source = weight[start : start + rows].to(torch.float32)
-            pieces.append(torch.ops.mkldnn._reorder_linear_weight(source, None))
-            piece_biases.append(None if bias is None else bias[start : start + rows])
-            on_bytes(source.nbytes)
-    return PackedLinear(pieces, piece_biases)
-
-
-def _rows_per_piece(weight: Tensor) -> int:
-    """At least 64 rows, in multiples of 64: what the packed layout groups outputs by."""
-    return max(64, PIECE_BYTES // (4 * weight.shape[1]) // 64 * 64)
-
-
-def _join(
-    sources: Sequence[Tensor],
-    dtype: torch.dtype,
-    device: torch.device,
-    on_bytes: Callable[[int], None],
-) -> Tensor:
-    num_rows = sum(source.shape[0] for source in sources)
-    joined = torch.empty(num_rows, *sources[0].shape[1:], dtype=dtype, device=device)
-    start = 0
-    for source in sources:
-        copy_in_pieces(joined[start : start + source.shape[0]], source, on_bytes)
-        start += source.shape[0]
-    return joined
+        return torch.nn.functional.linear(x, self.weight, self.bias)

@@ -11,22 +11,27 @@ from pathlib import Path
 
 import torch
 
+from stage_worker.block_ranges import PipelineBlocks
 from stage_worker.boundary_log import BoundaryLog, choose_num_log_blocks, log_block_bytes
 from stage_worker.checkpoint import TORCH_DTYPES
 from stage_worker.decoder import Decoder
 from stage_worker.kernels import choose_kernels
 from stage_worker.kv_cache import KvCache, LogCost, block_bytes, choose_num_blocks
+from stage_worker.linear_schemes import Numerics
 from stage_worker.memory import available_bytes, trim
-from stage_worker.weights import WeightLoader, span_bytes
+from stage_worker.payload import resolve_wire_dtype
+from stage_worker.weights import WeightLoader
 from stagemesh.errors import ConfigError, OutOfMemory
 from stagemesh.model_spec import ModelSpec
 from stagemesh.plan import Span
+from stagemesh.quantization import AS_STORED, Quantization
 
 
 @dataclass(frozen=True, slots=True)
 class ExecutorConfig:
-    """`dtype` may be "auto". KV: `num_blocks` where given, else what fits the memory. The log has
-    as many blocks where `max_log_memory_bytes` is None and the host has room; 0 is for no log.
+    """`dtype` may be "auto", `wire_dtype` too: what is computed with. KV: `num_blocks` where given,
+    else what fits the memory. The log has as many blocks where `max_log_memory_bytes` is None and
+    the host has room; 0 is for no log.
     """
 
     model_dir: Path
@@ -38,11 +43,13 @@ class ExecutorConfig:
     max_kv_memory_bytes: int | None = None
     num_blocks: int | None = None
     max_log_memory_bytes: int | None = None
+    wire_dtype: str = "auto"
+    quantization: Quantization = AS_STORED
 
 
 @dataclass(frozen=True, slots=True)
 class ExecutorFacts:
-    """Found out while loading. `weight_bytes` is of the tensors in the dtype computed with. What is
+    """Found out while loading. `weight_bytes` is of the tensors as they are held. What is
     sent is logged for blocks [0, num_log_blocks): none on a last stage.
     """
 
@@ -53,6 +60,18 @@ class ExecutorFacts:
     load_ns: int
     num_log_blocks: int = 0
 
+    def blocks_for(
+        self, num_blocks: int, *, from_end: bool = False, num_log_blocks: int | None = None
+    ) -> PipelineBlocks:
+        """A pipeline's blocks at one end of the stage's. Raises ProtocolError."""
+        return PipelineBlocks.at_end(
+            self.num_blocks,
+            self.num_log_blocks,
+            num_blocks=num_blocks,
+            from_end=from_end,
+            num_log_blocks=num_log_blocks,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedStage:
@@ -62,6 +81,7 @@ class LoadedStage:
     cache: KvCache
     log: BoundaryLog
     facts: ExecutorFacts
+    wire_dtype: str
 
 
 def resolve_dtype(dtype: str, spec: ModelSpec, device: torch.device) -> str:
@@ -88,12 +108,14 @@ def load_stage(config: ExecutorConfig, on_progress: Callable[[int, int], None]) 
     device = _device(config.device)
     dtype = TORCH_DTYPES[resolve_dtype(config.dtype, spec, device)]
     kernels = choose_kernels(config.batch_invariant, dtype, device)
-    weight_bytes = span_bytes(spec, config.span, dtype.itemsize)
-    _check_fits(weight_bytes, device)
-    progress = _Progress(weight_bytes, on_progress)
-    loader = WeightLoader(config.model_dir, spec, dtype, device, kernels.packed, progress.advance)
+    numerics = Numerics(dtype, device, config.quantization, config.batch_invariant)
+    progress = _Progress(on_progress)
+    loader = WeightLoader(config.model_dir, spec, numerics, progress.advance)
+    progress.total_bytes = loader.span_bytes(config.span)
+    _check_fits(progress.total_bytes, device)
     try:
         weights = loader.load(config.span)
+        progress.end()
         trim()
         cache = _make_cache(spec, config, dtype, device)
         log = _make_log(spec, config, cache.num_blocks, dtype)
@@ -102,23 +124,31 @@ def load_stage(config: ExecutorConfig, on_progress: Callable[[int, int], None]) 
     facts = ExecutorFacts(
         num_blocks=cache.num_blocks,
         block_size_tokens=config.block_size_tokens,
-        weight_bytes=weight_bytes,
+        weight_bytes=progress.loaded_bytes,
         kv_block_bytes=_block_bytes(spec, config, dtype),
         load_ns=time.monotonic_ns() - started_ns,
         num_log_blocks=log.num_blocks,
     )
     windows = spec.layer_windows[config.span.start : config.span.end]
     decoder = Decoder(spec, windows, weights, cache, kernels, dtype)
-    return LoadedStage(spec, config.span, decoder, cache, log, facts)
+    wire_dtype = resolve_wire_dtype(config.wire_dtype, dtype)
+    return LoadedStage(spec, config.span, decoder, cache, log, facts, wire_dtype)
 
 
 class _Progress:
-    def __init__(self, total_bytes: int, on_progress: Callable[[int, int], None]) -> None:
-        self._loaded, self._total, self._on_progress = 0, total_bytes, on_progress
+    """`total_bytes` is what is expected, until the end."""
+
+    def __init__(self, on_progress: Callable[[int, int], None]) -> None:
+        self.loaded_bytes = self.total_bytes = 0
+        self._on_progress = on_progress
 
     def advance(self, num_bytes: int) -> None:
-        self._loaded += num_bytes
-        self._on_progress(min(self._loaded, self._total), self._total)
+        self.loaded_bytes += num_bytes
+        self._on_progress(min(self.loaded_bytes, self.total_bytes), self.total_bytes)
+
+    def end(self) -> None:
+        self.total_bytes = self.loaded_bytes
+        self._on_progress(self.loaded_bytes, self.total_bytes)
 
 
 def _device(name: str) -> torch.device:

@@ -1,19 +1,24 @@
-"""Which epoch a worker is in: follows the scheduler's commands, admits and refuses streams.
+"""Which epochs a worker is in: follows the scheduler's commands, admits and refuses streams.
 
-At most one epoch at a time, never one that is older than what was joined before, and never one of
-an older term. What the pages hold belongs to one pipeline: the one that was joined last. It stays
-while the scheduler is away or the epoch is over, until a join claims it (keep_kv), a join does not,
-or layers are loaded.
+At most two epochs at a time, of two pipelines whose blocks are at either end of the pages; never
+one that is older than what was joined before of its pipeline, and never one of an older term. What
+a pipeline's pages hold stays (see kv_claims) while the scheduler is away or the epoch is over,
+until a join claims it (keep_kv), a join does not, another pipeline joins in its place, or layers
+are loaded. Which of its blocks are valid is not known here: the scheduler has one pipeline shrink
+before the other grows into what it had. All that is seen to is that no two epochs that run have a
+block in common.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 
 import structlog
 
 from stage_worker.device_thread import DeviceThread
 from stage_worker.epoch_member import EpochMember
+from stage_worker.kv_claims import KvClaim, KvClaims
 from stage_worker.place import EpochReports, Patience, Place
 from stage_worker.span_holder import HeldSpan
 from stage_worker.stats import Stats
@@ -48,9 +53,9 @@ class Membership:
         self._device = device
         self._stats = stats
         self._reports = reports
-        self._current: EpochMember | None = None
-        # Whose pages these are, and on which span.
-        self._kv_of: tuple[str, HeldSpan] | None = None
+        # One at each end of the pages, at most; they may have ended.
+        self._members: list[EpochMember] = []
+        self._claims = KvClaims()
         # Of this term: the latest epoch of each pipeline that was joined.
         self._latest: dict[str, Epoch] = {}
         self._term = 0
@@ -60,8 +65,7 @@ class Membership:
     @property
     def in_epoch(self) -> bool:
         """Whether steps can be executed: an epoch is joined and has not ended."""
-        member = self._current
-        return member is not None and member.joined and not member.ended
+        return any(member.joined and not member.ended for member in self._members)
 
     @property
     def term(self) -> int:
@@ -71,7 +75,7 @@ class Membership:
     @property
     def has_kv(self) -> bool:
         """Whether a pipeline may count on what the pages hold."""
-        return self._kv_of is not None
+        return bool(self._claims)
 
     def follow_term(self, term: int) -> None:
         """Raises StaleEpoch for a scheduler that was replaced by one this worker has met."""
@@ -82,22 +86,20 @@ class Membership:
             self._latest.clear()
 
     def join(self, place: Place, held: HeldSpan | None) -> None:
-        """Begins an epoch, in place of the one before. What fails is reported, not raised."""
+        """Begins an epoch, in place of the one that the pipeline had here, and of the one at this
+        end of the pages. What fails is reported, not raised."""
         try:
             self._check_newer(place)
-            if held is None:
-                raise ProtocolError("no layers are loaded here")
-            if place.keep_kv and self._kv_of != (place.pipeline_id, held):
-                raise ProtocolError(f"no KV of {place.pipeline_id} is held here")
+            claim = self._claim_of(place, held)
         except StageMeshError as error:
             self._reports.broken(place, error, "")
             return
-        self.leave()
+        self._end(m for m in self._members if not _is_beside(m, claim))
         self._passed(place.pipeline_id, place.epoch)
-        self._kv_of = place.pipeline_id, held
+        self._claims.take(claim)
         member = EpochMember(
             place,
-            held,
+            claim,
             self._device,
             self._stats,
             self.own_address,
@@ -105,53 +107,52 @@ class Membership:
             self._wake,
             self.patience,
         )
-        self._current = member
+        self._members.append(member)
         self._group.create_task(member.run())
 
     def fail(self, error: StageMeshError) -> None:
-        """Ends the current epoch and reports it."""
-        if self._current is not None:
-            self._current.fail(error)
+        """Ends all epochs and reports them."""
+        for member in self._members:
+            member.fail(error)
 
     def leave(self, pipeline_id: str | None = None, epoch: Epoch | None = None) -> None:
-        """Ends the current epoch, if it is the one named or none is; no step of it that is still
-        queued will be executed."""
-        member = self._current
-        if member is None:
-            return
-        if epoch is None or (member.place.pipeline_id, member.place.epoch) == (pipeline_id, epoch):
-            member.end()
-            self._current = None
-            self._wake()
+        """Ends the epoch that is named, or all; no step of it that is still queued will be
+        executed."""
+        key = (pipeline_id, epoch)
+        self._end(m for m in self._members if epoch is None or m.place.key == key)
 
     def forget_kv(self) -> None:
         """The pages are about to hold something else."""
         self.leave()
-        self._kv_of = None
+        self._claims.clear()
 
-    def give_up(self, request: PagesRequest) -> HeldSpan:
+    def give_up(self, request: PagesRequest) -> KvClaim:
         """Ends all epochs of the pipeline before that of the request, by which another worker takes
-        the span over. Returns what holds the pages. Raises StaleEpoch and ProtocolError.
+        the span over. Returns what the pipeline has here. Raises StaleEpoch and ProtocolError.
         """
         pipeline_id, epoch = request.pipeline_id, request.epoch
         self.follow_term(epoch.term)
         if epoch < self._latest_of(pipeline_id):
             raise StaleEpoch(f"{epoch} of {pipeline_id} is over here")
-        if self._kv_of is None or self._kv_of[0] != pipeline_id:
+        claim = self._claims.of(pipeline_id)
+        if claim is None:
             raise ProtocolError(f"no KV of {pipeline_id} is held here")
-        held = self._kv_of[1]
-        if held.span != request.span:
-            raise ProtocolError(f"the KV here is of {held.span}, not {request.span}")
-        if epoch == self._latest_of(pipeline_id) and self._current is not None:
+        if claim.held.span != request.span:
+            raise ProtocolError(f"the KV here is of {claim.held.span}, not {request.span}")
+        members = self._members_of(pipeline_id)
+        if epoch == self._latest_of(pipeline_id) and members:
             raise ProtocolError(f"{epoch} of {pipeline_id} was joined here")
-        self.leave()
+        self._end(members)
         self._passed(pipeline_id, epoch)
-        return held
+        return claim
 
-    def keeps_still(self, request: PagesRequest, held: HeldSpan) -> bool:
-        """Whether nothing was joined or loaded since `give_up`."""
-        is_latest = self._latest_of(request.pipeline_id) == request.epoch
-        return is_latest and self._current is None and self._kv_of == (request.pipeline_id, held)
+    def keeps_still(self, request: PagesRequest, claim: KvClaim) -> bool:
+        """Whether since `give_up` the pipeline has not joined again, nothing was loaded, and no
+        other pipeline has taken what was its own."""
+        pipeline_id = request.pipeline_id
+        is_latest = self._latest_of(pipeline_id) == request.epoch
+        is_idle = not self._members_of(pipeline_id)
+        return is_latest and is_idle and self._claims.of(pipeline_id) == claim
 
     async def accept(self, hello: Hello) -> None:
         """Waits a while for an epoch that this worker may not have heard of yet."""
@@ -169,18 +170,21 @@ class Membership:
             self._num_early -= 1
 
     async def receive(self, hello: Hello, message: Message) -> None:
-        self._member_of(hello).receive(message)
+        member = self._member_of(hello)
+        if member is None:
+            raise StaleEpoch(f"{hello.epoch} of {hello.pipeline_id} has ended here")
+        member.receive(message)
 
     async def broken(self, hello: Hello, error: StageMeshError | None) -> None:
-        member = self._current
-        if member is not None and _is_of(hello, member):
+        member = self._member_of(hello)
+        if member is not None:
             reason = error or PeerLost(f"the stream from {hello.sender_id} ended")
             member.fail(reason, hello.sender_id)
 
     def _claim(self, hello: Hello) -> bool:
         """Whether the stream is accepted now; False where its epoch may still be joined."""
-        member = self._current
-        if member is None or not _is_of(hello, member):
+        member = self._member_of(hello)
+        if member is None:
             if hello.epoch.term < self._term or hello.epoch <= self._latest_of(hello.pipeline_id):
                 raise StaleEpoch(f"{hello.epoch} of {hello.pipeline_id} is over here")
             return False
@@ -197,10 +201,37 @@ class Membership:
         member.has_incoming = True
         return True
 
-    def _member_of(self, hello: Hello) -> EpochMember:
-        if self._current is None or not _is_of(hello, self._current):
-            raise StaleEpoch(f"{hello.epoch} of {hello.pipeline_id} has ended here")
-        return self._current
+    def _member_of(self, hello: Hello) -> EpochMember | None:
+        key = (hello.pipeline_id, hello.epoch)
+        return next((member for member in self._members if member.place.key == key), None)
+
+    def _members_of(self, pipeline_id: str) -> list[EpochMember]:
+        return [member for member in self._members if member.place.pipeline_id == pipeline_id]
+
+    def _claim_of(self, place: Place, held: HeldSpan | None) -> KvClaim:
+        """What the pipeline has here from now on. Raises ProtocolError where it cannot be had."""
+        if held is None:
+            raise ProtocolError("no layers are loaded here")
+        blocks = held.facts.blocks_for(
+            place.num_blocks, from_end=place.from_end, num_log_blocks=place.num_log_blocks
+        )
+        claim = KvClaim(place.pipeline_id, held, blocks)
+        if place.keep_kv and not self._claims.has_kv(claim):
+            raise ProtocolError(f"no KV of {place.pipeline_id} is held here")
+        for member in self._members:
+            in_the_way = _is_beside(member, claim) and member.claim.blocks.meets(blocks)
+            if in_the_way and not member.ended:
+                raise ProtocolError(
+                    f"blocks of {place.pipeline_id} are those of {member.place.pipeline_id}, which "
+                    f"is in {member.place.epoch} here"
+                )
+        return claim
+
+    def _end(self, members: Iterable[EpochMember]) -> None:
+        for member in list(members):
+            member.end()
+            self._members.remove(member)
+        self._wake()
 
     def _check_newer(self, place: Place) -> None:
         self.follow_term(place.epoch.term)
@@ -224,5 +255,6 @@ class Membership:
         self._changed = asyncio.Event()
 
 
-def _is_of(hello: Hello, member: EpochMember) -> bool:
-    return (hello.pipeline_id, hello.epoch) == (member.place.pipeline_id, member.place.epoch)
+def _is_beside(member: EpochMember, claim: KvClaim) -> bool:
+    """Whether it is of another pipeline, at the other end."""
+    return member.place.pipeline_id != claim.pipeline_id and member.claim.from_end != claim.from_end

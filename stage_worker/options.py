@@ -10,6 +10,7 @@ from stagemesh.errors import ConfigError
 from stagemesh.option_values import Kind
 from stagemesh.options import check_options, option
 from stagemesh.plan import Span
+from stagemesh.quantization import parse_quantization
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,17 @@ class WorkerOptions:
         "auto",
         help="of weights and arithmetic; auto: float32 on the cpu, else the files' own",
         choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    wire_dtype: str = option(
+        "auto",
+        help="in which type hidden states travel; auto: in that of --dtype. All workers of a mesh "
+        "must say the same",
+        choices=("auto", "float32", "bfloat16", "int8"),
+    )
+    quantization: str = option(
+        "auto",
+        help="how weights are held: auto (as the files have them), none, int8, int4-g32, int4-g64, "
+        "int4-g128; parts that differ follow: int4-g64,head=none,0:2=int8",
     )
     batch_invariant: bool = option(
         False, help="a sequence's numbers do not depend on its batch (float32 on cpu)"
@@ -68,6 +80,7 @@ class WorkerOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
+        parse_quantization(self.quantization)
         for name in ("scheduler", "listen"):
             try:
                 split_address(getattr(self, name))
@@ -75,6 +88,12 @@ class WorkerOptions:
                 raise ConfigError(f"--{name}: {error}") from None
         if self.layers is not None and not 0 <= self.layers.start < self.layers.end:
             raise ConfigError(f"--layers must be FIRST:END with FIRST < END, not {self.layers}")
+
+        if self.batch_invariant and self.wire_dtype not in ("auto", "float32"):
+            raise ConfigError(
+                f"--wire-dtype {self.wire_dtype} makes numbers depend on where the model is cut, "
+                "which --batch-invariant rules out"
+            )
 
     def resolved_dtype(self, stored_dtype: str) -> str:
         """bfloat16 and float16 arithmetic is slow on most CPUs: there "auto" is float32."""

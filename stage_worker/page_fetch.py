@@ -4,39 +4,45 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 
 import structlog
 
 from stage_worker.device_thread import DeviceThread
 from stage_worker.place import Place
-from stage_worker.span_holder import HeldSpan
 from stage_worker.stats import Stats
 from stage_worker.watchdog import FIRST_STEP_LIMIT_S
 from stagemesh.errors import PeerLost, StageMeshError
-from stagemesh.page_frames import PagesRequest
+from stagemesh.page_frames import PageBatch, PagesRequest
 from stagemesh.page_stream import fetch_pages
+from stagemesh.plan import Span
 
 log = structlog.get_logger()
 
 
 async def fetch_into(
-    held: HeldSpan, place: Place, device: DeviceThread, stats: Stats, ping_timeout_s: float
+    write: Callable[[PageBatch], None],
+    span: Span,
+    place: Place,
+    device: DeviceThread,
+    stats: Stats,
+    ping_timeout_s: float,
 ) -> bool:
-    """Whether the place named pages and all of them came, and are where they belong.
+    """Whether the place named pages and all of them came, and `write` has put them in their place.
 
     A failure is no end of the epoch: the stage is rebuilt then.
     """
     origin = place.pages
     if origin is None:
         return False
-    request = PagesRequest(place.pipeline_id, place.epoch, held.span, origin.block_ids)
+    request = PagesRequest(place.pipeline_id, place.epoch, span, origin.block_ids)
     missing = set(origin.block_ids)
     try:
         batches = fetch_pages(origin.address, request, ping_timeout_s=ping_timeout_s)
         async with contextlib.aclosing(batches):
             async for batch in batches:
-                write = functools.partial(held.executor.pages.write, batch)
-                await device.run(write, name="pages", limit_s=FIRST_STEP_LIMIT_S)
+                job = functools.partial(write, batch)
+                await device.run(job, name="pages", limit_s=FIRST_STEP_LIMIT_S)
                 stats.blocks_received += len(batch.block_ids)
                 missing.difference_update(batch.block_ids)
         if missing:

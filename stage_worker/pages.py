@@ -3,8 +3,9 @@
     n blocks of a batch, L layers, H KV heads, O offset in a block, D head dim, E hidden size
 
 Block by block: the KV as (layer, K/V, head, offset, dim), whatever the layout in memory, and, for a
-block that is logged, (offset, hidden). Runs on the device thread. What is in unused slots goes
-along; nobody reads it here or there.
+block that is logged, (offset, hidden). A batch names blocks by their ids in the pipeline, and
+whoever reads or writes it says where those lie here. Runs on the device thread. What is in unused
+slots goes along; nobody reads it here or there.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stage_worker.block_ranges import PipelineBlocks
 from stage_worker.boundary_log import BoundaryLog
 from stage_worker.checkpoint import DTYPE_NAMES
 from stage_worker.kv_cache import KvCache
@@ -32,18 +34,11 @@ class PageStore:
         self.kv_block_bytes = 2 * num_layers * pages[0].nbytes
         self.log_block_bytes = log.block_bytes
 
-    def order(self, block_ids: tuple[int, ...]) -> tuple[int, ...]:
-        """Each block once, those that are logged first. Raises ProtocolError."""
-        ordered = tuple(sorted(set(block_ids)))
-        if ordered and not 0 <= ordered[0] <= ordered[-1] < self._cache.num_blocks:
-            raise ProtocolError(f"there are {self._cache.num_blocks} blocks here, not all of these")
-        return ordered
-
     @torch.inference_mode()
-    def read(self, block_ids: tuple[int, ...]) -> PageBatch:
-        """Blocks in the order of `order`."""
-        num_logged = self._num_logged(block_ids)
-        index = torch.tensor(block_ids, device=self._cache.keys[0].device)
+    def read(self, block_ids: tuple[int, ...], blocks: PipelineBlocks) -> PageBatch:
+        """Blocks in the order of `blocks.order`."""
+        num_logged = blocks.num_logged(block_ids)
+        index = torch.tensor(blocks.kv.places(block_ids), device=self._cache.keys[0].device)
         pages = torch.empty((len(block_ids), *self._shape), dtype=self._dtype)
         for i, pair in enumerate(zip(self._cache.keys, self._cache.values, strict=True)):
             for j, source in enumerate(pair):
@@ -51,7 +46,7 @@ class PageStore:
         kv = _as_bytes(pages)
         logged = torch.empty(0, dtype=torch.uint8)
         if num_logged:
-            log = _as_bytes(self._log.pages[list(block_ids[:num_logged])])
+            log = _as_bytes(self._log.pages[blocks.log.places(block_ids[:num_logged])])
             logged = torch.cat((kv[:num_logged], log), dim=1).flatten()
         payload = torch.cat((logged, kv[num_logged:].flatten()))
         return PageBatch(
@@ -64,10 +59,10 @@ class PageStore:
         )
 
     @torch.inference_mode()
-    def write(self, batch: PageBatch) -> None:
+    def write(self, batch: PageBatch, blocks: PipelineBlocks) -> None:
         """Raises ProtocolError for pages of another kind, and for a log that lacks blocks which are
         logged here: what is rebuilt from this log later would be rubbish."""
-        self._check(batch)
+        self._check(batch, blocks)
         if not batch.block_ids:
             return
         split = batch.num_logged * (self.kv_block_bytes + batch.log_block_bytes)
@@ -79,34 +74,32 @@ class PageStore:
                 payload[split:].view(-1, self.kv_block_bytes),
             )
         )
-        self._write_kv(batch.block_ids, kv)
-        self._write_log(batch.block_ids[: batch.num_logged], logged[:, self.kv_block_bytes :])
+        self._write_kv(blocks.kv.places(batch.block_ids), kv)
+        # What is logged there beyond this log is left out.
+        num_logged = blocks.num_logged(batch.block_ids)
+        log = logged[:num_logged, self.kv_block_bytes :]
+        self._write_log(blocks.log.places(batch.block_ids[:num_logged]), log)
 
-    def _write_kv(self, block_ids: tuple[int, ...], kv: Tensor) -> None:
+    def _write_kv(self, places: list[int], kv: Tensor) -> None:
         device = self._cache.keys[0].device
-        index = torch.tensor(block_ids, device=device)
+        index = torch.tensor(places, device=device)
         pages = kv.view(self._dtype).view(-1, *self._shape).to(device).transpose(3, 4)
         for i, pair in enumerate(zip(self._cache.keys, self._cache.values, strict=True)):
             for j, target in enumerate(pair):
                 target.index_copy_(0, index, pages[:, i, j])
 
-    def _write_log(self, block_ids: tuple[int, ...], log: Tensor) -> None:
-        """What is logged there beyond this log is left out."""
-        num_here = self._num_logged(block_ids)
-        if num_here:
-            pages = log[:num_here].contiguous().view(self._dtype)
-            shape = (num_here, *self._log.pages.shape[1:])
-            self._log.pages.index_copy_(0, torch.tensor(block_ids[:num_here]), pages.view(shape))
+    def _write_log(self, places: list[int], log: Tensor) -> None:
+        if places:
+            pages = log.contiguous().view(self._dtype)
+            shape = (len(places), *self._log.pages.shape[1:])
+            self._log.pages.index_copy_(0, torch.tensor(places), pages.view(shape))
 
-    def _num_logged(self, block_ids: tuple[int, ...]) -> int:
-        return sum(block_id < self._log.num_blocks for block_id in block_ids)
-
-    def _check(self, batch: PageBatch) -> None:
-        if batch.block_ids != self.order(batch.block_ids):
+    def _check(self, batch: PageBatch, blocks: PipelineBlocks) -> None:
+        if batch.block_ids != blocks.order(batch.block_ids):
             raise ProtocolError("pages come without order")
         if batch.dtype != DTYPE_NAMES[self._dtype]:
             raise ProtocolError(f"pages are {batch.dtype}, not {DTYPE_NAMES[self._dtype]}")
-        num_needed = self._num_logged(batch.block_ids)
+        num_needed = blocks.num_logged(batch.block_ids)
         log_fits = not num_needed or batch.log_block_bytes == self.log_block_bytes
         if batch.kv_block_bytes != self.kv_block_bytes or not log_fits:
             raise ProtocolError(

@@ -1,12 +1,24 @@
-"""Hidden states as bytes, as they travel between stages: row by row, little endian, no header."""
+"""Hidden states as bytes, as they travel between stages: row by row, little endian, no header.
+
+    T tokens, E hidden size
+
+They travel in the type that is computed with, or in a narrower one: bfloat16, or int8 with a scale
+for each token (T float32 scales, then T x E numbers; a number is scale times int8). What a token
+becomes depends on that token alone. Numbers that are not finite stay so: whoever looks for them is
+the last stage.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from stage_worker.checkpoint import DTYPE_NAMES
+from stage_worker.checkpoint import DTYPE_NAMES, TORCH_DTYPES
 from stagemesh.errors import ProtocolError
+from stagemesh.frames import hidden_bytes
+
+INT8 = "int8"
+_INT8_MAX = 127
 
 
 def bytes_view(hidden: Tensor) -> memoryview:
@@ -17,24 +29,58 @@ def bytes_view(hidden: Tensor) -> memoryview:
     return contiguous.view(torch.uint8).numpy().data.cast("B")
 
 
+def hidden_as_bytes(hidden: Tensor, wire_dtype: str) -> memoryview:
+    """hidden: [T, E]"""
+    if wire_dtype != INT8:
+        return bytes_view(hidden.to(TORCH_DTYPES[wire_dtype]))
+    numbers = hidden.float()
+    scales = numbers.abs().amax(dim=1) / _INT8_MAX if numbers.numel() else numbers[:, 0]
+    # A token of zeros only has scale 0, and one that is not finite a scale that is not.
+    quotients = (numbers / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round()
+    quantised = quotients.nan_to_num().clamp(-_INT8_MAX, _INT8_MAX).to(torch.int8)
+    return memoryview(bytes(bytes_view(scales)) + bytes(bytes_view(quantised)))
+
+
 def hidden_from_bytes(
     payload: bytes | bytearray | memoryview,
-    payload_dtype: str,
+    wire_dtype: str,
     shape: tuple[int, int],
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """A tensor of its own with the payload's content.
+    """A tensor of its own, [T, E] in `dtype`, from a payload of T tokens in `wire_dtype`.
 
-    Copied rather than borrowed: a frame's payload may be read-only and lie at any address.
+    Copied rather than borrowed: a frame's payload may be read-only and lie at any address. Raises
+    ProtocolError for a payload of another size.
     """
-    hidden = torch.empty(shape, dtype=dtype)
-    if hidden.nbytes and payload_dtype != DTYPE_NAMES[dtype]:
-        raise ProtocolError(f"hidden states are {payload_dtype!r}, not {DTYPE_NAMES[dtype]}")
-    if len(memoryview(payload).cast("B")) != hidden.nbytes:
+    num_bytes = len(memoryview(payload).cast("B"))
+    expected_bytes = hidden_bytes(wire_dtype, *shape)
+    if num_bytes != expected_bytes:
         raise ProtocolError(
-            f"hidden states of {shape[0]} tokens take {hidden.nbytes} bytes, {len(payload)} came"
+            f"hidden states of {shape[0]} tokens take {expected_bytes} bytes, {num_bytes} came"
         )
-    if hidden.nbytes:
-        hidden.view(torch.uint8).numpy().data.cast("B")[:] = payload
-    return hidden.to(device)
+    if wire_dtype != INT8:
+        return _tensor_of(payload, shape, TORCH_DTYPES[wire_dtype]).to(device, dtype)
+    view = memoryview(payload).cast("B")
+    scales = _tensor_of(view[: 4 * shape[0]], (shape[0], 1), torch.float32)
+    return (_tensor_of(view[4 * shape[0] :], shape, torch.int8) * scales).to(device, dtype)
+
+
+def check_wire_dtype(given: str, own: str) -> None:
+    """Raises ProtocolError where a neighbour sends another type than this stage expects."""
+    if given != own:
+        raise ProtocolError(f"hidden states are {given!r}, not {own}")
+
+
+def resolve_wire_dtype(wire_dtype: str, dtype: torch.dtype) -> str:
+    """ "auto" is what is computed with."""
+    return DTYPE_NAMES[dtype] if wire_dtype == "auto" else wire_dtype
+
+
+def _tensor_of(
+    content: bytes | bytearray | memoryview, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    tensor = torch.empty(shape, dtype=dtype)
+    if tensor.nbytes:
+        tensor.view(torch.uint8).numpy().data.cast("B")[:] = memoryview(content).cast("B")
+    return tensor

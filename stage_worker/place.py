@@ -20,7 +20,8 @@ class PageOrigin:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a worker stands in an epoch. Blocks [0, num_blocks) are the pipeline's.
+    """Where a worker stands in an epoch. Blocks [0, num_blocks) are the pipeline's: the first ones
+    of the worker, or the last ones; [0, num_log_blocks) are logged (None: what there is room for).
 
     With `pages` they are fetched before the epoch counts as joined.
     """
@@ -33,6 +34,12 @@ class Place:
     num_blocks: int
     keep_kv: bool
     pages: PageOrigin | None = None
+    from_end: bool = False
+    num_log_blocks: int | None = None
+
+    @property
+    def key(self) -> tuple[str, Epoch]:
+        return self.pipeline_id, self.epoch
 
 
 @dataclass(frozen=True, slots=True)

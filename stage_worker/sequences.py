@@ -6,18 +6,21 @@ Rows that contradict it are a ProtocolError: plans are made by the scheduler alo
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from stage_worker.block_ranges import BlockRange
 from stagemesh.errors import ProtocolError
 from stagemesh.plan import Row, SequenceRun, SequenceState
 
 
 @dataclass(slots=True)
 class Sequence:
-    """`slots` [len(blocks) * block size] are the slots of its positions, in order.
+    """`blocks` are the worker's own, to which the pipeline's were mapped when a row named them.
+    `slots` [len(blocks) * block size] are the slots of its positions, in order.
 
     What its pages hold is the plan's business: a stage is rebuilt in whatever order it says.
     `outputs` are the output tokens as far as they are known on this stage; what is valid of them
@@ -67,8 +70,13 @@ class Sequence:
 
 
 class SequenceTable:
-    def __init__(self, block_size_tokens: int, vocab_size: int, device: torch.device) -> None:
-        self._block_size = block_size_tokens
+    """The sequences of one pipeline, whose blocks are `blocks` of this worker's."""
+
+    def __init__(
+        self, blocks: BlockRange, block_size_tokens: int, vocab_size: int, device: torch.device
+    ) -> None:
+        self.block_size_tokens = block_size_tokens
+        self._range = blocks
         self._vocab_size = vocab_size
         self._offsets = torch.arange(block_size_tokens, device=device)
         self._held: dict[int, Sequence] = {}
@@ -76,8 +84,14 @@ class SequenceTable:
     def __len__(self) -> int:
         return len(self._held)
 
-    def clear(self) -> None:
-        self._held.clear()
+    def resize(self, blocks: BlockRange) -> None:
+        """The pipeline has more blocks or fewer, from the same end. The table of a sequence ends
+        before the first one that is gone: such a block may be another pipeline's."""
+        self._range = blocks
+        for sequence in self._held.values():
+            inside = itertools.takewhile(lambda b: blocks.start <= b < blocks.end, sequence.blocks)
+            sequence.blocks = list(inside)
+            sequence.slots = sequence.slots[: len(sequence.blocks) * self.block_size_tokens]
 
     def forget(self, gone: SequenceRun) -> None:
         """Forgets a sequence unless a later run of it is held; an unknown one is no error."""
@@ -85,13 +99,13 @@ class SequenceTable:
         if held is not None and held.run <= gone.run:
             del self._held[gone.sequence_id]
 
-    def update(self, row: Row, num_blocks: int, frequencies: Tensor | None) -> Sequence:
+    def update(self, row: Row, frequencies: Tensor | None) -> Sequence:
         """The sequence as it stands for this row, which may concern this stage or pass it by.
 
         `frequencies` are its rotary ones where the row brings state. Raises ProtocolError.
         """
         sequence = self._sequence(row, frequencies)
-        self._update_blocks(sequence, row, num_blocks)
+        self._update_blocks(sequence, row)
         if row.num_tokens < 1 or row.start < 0:
             raise _refused(row, f"has {row.num_tokens} tokens from {row.start} on")
         end = row.start + row.num_tokens
@@ -118,7 +132,8 @@ class SequenceTable:
         self._held[row.sequence_id] = fresh
         return fresh
 
-    def _update_blocks(self, sequence: Sequence, row: Row, num_blocks: int) -> None:
+    def _update_blocks(self, sequence: Sequence, row: Row) -> None:
+        num_blocks = self._range.num_blocks
         if len(row.block_updates) > 1:
             raise _refused(row, "has more than the one cache group that there is")
         for update in row.block_updates:
@@ -126,9 +141,10 @@ class SequenceTable:
                 raise _refused(row, f"leaves blocks before index {update.first_index} out")
             if not all(0 <= block < num_blocks for block in update.block_ids):
                 raise _refused(row, f"has a block outside of the pipeline's {num_blocks}")
-            sequence.blocks = sequence.blocks[: update.first_index] + list(update.block_ids)
+            places = self._range.places(update.block_ids)
+            sequence.blocks = sequence.blocks[: update.first_index] + places
             blocks = torch.tensor(sequence.blocks, dtype=torch.int64, device=self._offsets.device)
-            sequence.slots = (blocks[:, None] * self._block_size + self._offsets).flatten()
+            sequence.slots = (blocks[:, None] * self.block_size_tokens + self._offsets).flatten()
 
     def _check_tokens(self, row: Row, token_ids: tuple[int, ...]) -> None:
         if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self._vocab_size):

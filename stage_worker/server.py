@@ -33,6 +33,7 @@ from stagemesh.errors import SpanError
 from stagemesh.model_spec import ModelSpec
 from stagemesh.page_stream import page_handlers
 from stagemesh.plan import ModelSummary
+from stagemesh.quantization import parse_quantization
 from stagemesh.rpc import RpcServer
 from stagemesh.transport import SERVICE_NAME, push_handlers
 from stagemesh.wire import (
@@ -154,6 +155,8 @@ def _identity(
         device=options.device,
         dtype=dtype_to_proto(dtype),
         batch_invariant=options.batch_invariant,
+        wire_dtype=dtype_to_proto(dtype if options.wire_dtype == "auto" else options.wire_dtype),
+        quantization=str(parse_quantization(options.quantization)),
         pid=os.getpid(),
         stagemesh_version=__version__,
         max_kv_memory_bytes=options.max_kv_memory_bytes or 0,

@@ -19,10 +19,12 @@ from stage_worker.options import WorkerOptions
 from stage_worker.step_cost import StepCost
 from stagemesh.errors import CheckpointError, RequestCancelled
 from stagemesh.plan import ModelSummary, Span
+from stagemesh.quantization import parse_quantization
 
 if TYPE_CHECKING:
     from stage_worker.executor import ExecutorFacts, StageExecutor
     from stage_worker.identity import FileStamps
+    from stage_worker.linear_schemes import Numerics
 
 PROGRESS_INTERVAL_NS = 100_000_000
 
@@ -80,7 +82,7 @@ class SpanHolder:
 
         self._stamps = file_stamps(self._options.model)  # first: a change meanwhile counts too
         self._measure()
-        return summarise(self._options.model)
+        return summarise(self._options.model, _numerics(self._options, self._dtype))
 
     def _load(self, span: Span, on_progress: OnProgress) -> HeldSpan:
         from stage_worker.identity import file_stamps
@@ -104,6 +106,20 @@ class SpanHolder:
                 self._device_bytes = available_bytes(torch.device(self._options.device))
 
 
+def _numerics(options: WorkerOptions, dtype: str) -> Numerics:
+    import torch
+
+    from stage_worker.checkpoint import TORCH_DTYPES
+    from stage_worker.linear_schemes import Numerics
+
+    return Numerics(
+        TORCH_DTYPES[dtype],
+        torch.device(options.device),
+        parse_quantization(options.quantization),
+        options.batch_invariant,
+    )
+
+
 def _load(options: WorkerOptions, dtype: str, span: Span, on_progress: OnProgress) -> HeldSpan:
     from stage_worker.executor import ExecutorConfig, StageExecutor
 
@@ -114,10 +130,12 @@ def _load(options: WorkerOptions, dtype: str, span: Span, on_progress: OnProgres
         device=options.device,
         dtype=dtype,
         batch_invariant=options.batch_invariant,
+        quantization=parse_quantization(options.quantization),
         block_size_tokens=options.block_size_tokens,
         max_kv_memory_bytes=options.max_kv_memory_bytes,
         num_blocks=options.num_blocks,
         max_log_memory_bytes=options.max_log_memory_bytes,
+        wire_dtype=options.wire_dtype,
     )
     executor = StageExecutor.load(config, on_progress)
     return HeldSpan(span, executor.facts, executor, StepCost(executor.spec, span))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from protos import mesh_pb2
+from stage_worker.occupancy import Doing, Occupancy
 from stagemesh.plan import HopTiming
 from stagemesh.transport import Traffic
 
@@ -23,6 +24,7 @@ class Stats:
     idle_ns: int = 0
     blocks_received: int = 0
     traffic: Traffic = field(default_factory=Traffic)
+    occupancy: Occupancy = field(default_factory=Occupancy)
 
     def count_step(self, num_rows: int, num_tokens: int, timing: HopTiming) -> None:
         self.steps_executed += 1
@@ -34,6 +36,7 @@ class Stats:
     def to_proto(
         self, steps_queued: int, sequences_held: int, available_bytes: int
     ) -> mesh_pb2.WorkerStats:
+        spent_ns = self.occupancy.spent_ns()
         return mesh_pb2.WorkerStats(
             rss_anon_bytes=rss_anon_bytes(),
             steps_executed=self.steps_executed,
@@ -47,6 +50,10 @@ class Stats:
             sequences_held=sequences_held,
             available_memory_bytes=available_bytes,
             blocks_received=self.blocks_received,
+            busy_ns=spent_ns[Doing.COMPUTING],
+            output_wait_ns=spent_ns[Doing.WRITING],
+            serialise_ns=spent_ns[Doing.SERIALISING],
+            input_wait_ns=spent_ns[Doing.WAITING],
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from stagemesh.frames import hidden_bytes
 from stagemesh.plan import BlockUpdate, Epoch, Row, SequenceState, Span, Step
 from stagemesh.sampling import SamplingSpec
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from stage_worker.executor import StageExecutor
 
 _MAX_TOKENS = 16
+_NOBODY = "warm-up"
 
 
 def warm_up(executor: StageExecutor, span: Span) -> None:
@@ -39,8 +41,14 @@ def warm_up(executor: StageExecutor, span: Span) -> None:
         sample_positions=(num_tokens - 1,),
         state=SequenceState(prompt, (), SamplingSpec(), num_tokens + 1),
     )
-    hidden_bytes = num_tokens * spec.hidden_size * executor.item_bytes if stage else 0
-    executor.join(stage=stage, num_stages=num_stages, num_blocks=1, keep_kv=False)
-    step = Step("warm-up", Epoch(0, 1), 0, (row,))
-    executor.execute(step, bytes(hidden_bytes), executor.dtype)
+    num_bytes = hidden_bytes(executor.wire_dtype, num_tokens, spec.hidden_size) if stage else 0
+    executor.join(
+        pipeline_id=_NOBODY,
+        stage=stage,
+        num_stages=num_stages,
+        blocks=facts.blocks_for(1),
+        keep_kv=False,
+    )
+    step = Step(_NOBODY, Epoch(0, 1), 0, (row,))
+    executor.execute(step, bytes(num_bytes), executor.wire_dtype)
     executor.forget()

@@ -5,7 +5,7 @@ Source tensors are views of the mapped files; only what is kept takes anonymous 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +13,19 @@ import torch
 from torch import Tensor
 
 from stage_worker.checkpoint import Checkpoint
-from stage_worker.layout import EMBEDDING, NORM, head_name, part_tensors, span_parts
-from stage_worker.linear import Linear, PlainLinear, packed_linear, plain_linear
+from stage_worker.layout import (
+    EMBEDDING,
+    NORM,
+    all_parts,
+    head_name,
+    part_weights,
+    span_parts,
+    stored_way,
+)
+from stage_worker.linear import Linear, LinearSource, PlainLinear
+from stage_worker.linear_schemes import Numerics, choose_scheme
+from stage_worker.stored_weights import open_codes
+from stage_worker.weight_source import FloatSource, WeightSource
 from stagemesh.model_spec import ModelSpec
 from stagemesh.plan import Span
 
@@ -41,40 +52,53 @@ class StageWeights:
     head: Linear | None
 
 
-def span_bytes(spec: ModelSpec, span: Span, item_bytes: int) -> int:
-    """Bytes of the span's tensors with items of that size; a shared tensor counts once."""
-    shapes = {}
-    for part in span_parts(spec, span):
-        shapes.update(part_tensors(spec, part))
-    return item_bytes * sum(torch.Size(shape).numel() for shape in shapes.values())
-
-
 class WeightLoader:
-    """Loads from one directory with one dtype, device and kind of linear layer."""
+    """Loads from one directory with one choice of numerics."""
 
     def __init__(
         self,
         model_dir: Path,
         spec: ModelSpec,
-        dtype: torch.dtype,
-        device: torch.device,
-        packed: bool,
-        on_bytes: Callable[[int], None],
+        numerics: Numerics,
+        on_bytes: Callable[[int], None] = lambda num_bytes: None,
     ) -> None:
         self._files = Checkpoint(model_dir)
         self._spec = spec
-        self._dtype = dtype
-        self._device = device
-        self._packed = packed
+        self._numerics = numerics
         self._on_bytes = on_bytes
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._shapes = {
+            name: shape
+            for part in all_parts(spec)
+            for name, shape in part_weights(spec, part).items()
+        }
+
+    def part_bytes(self, part: str) -> int:
+        """What the part will take; a little more or less where that depends on its numbers.
+
+        Finds what is wrong with its tensors, before anything large is read. Raises CheckpointError,
+        UnsupportedModel, ConfigError.
+        """
+        shapes = part_weights(self._spec, part)
+        linears = [name for name, shape in shapes.items() if len(shape) == 2]
+        others = [self._view(name) for name in shapes if name not in linears]
+        num_bytes = self._numerics.dtype.itemsize * sum(view.numel() for view in others)
+        if part == "embedding":
+            return self._embedding_bytes()
+        for name in linears:
+            source = self._source(name)
+            scheme = choose_scheme(part, [source], self._numerics)
+            num_bytes += scheme.held_bytes(*source.shape, self._numerics)
+        return num_bytes
+
+    def span_bytes(self, span: Span) -> int:
+        """Of all parts of the span, as `part_bytes`; a shared tensor counts once. And SpanError."""
+        parts = span_parts(self._spec, span)
+        if "head" in parts and "embedding" in parts and self._spec.tie_embeddings:
+            parts.remove("embedding")
+        return sum(map(self.part_bytes, parts))
 
     def load(self, span: Span) -> StageWeights:
-        """Raises CheckpointError, UnsupportedModel, SpanError."""
-        for part in span_parts(self._spec, span):
-            self._shapes.update(part_tensors(self._spec, part))
-        for name in self._shapes:  # what is wrong is found before anything large is read
-            self._view(name)
+        """Raises what `span_bytes` does."""
         layers = tuple(self._layer(i) for i in range(span.start, span.end))
         embedding, head = self._ends(span)
         norm = self._vector(NORM) if head is not None else None
@@ -84,49 +108,60 @@ class WeightLoader:
     def _ends(self, span: Span) -> tuple[Tensor | None, Linear | None]:
         first, last = span.start == 0, span.end == self._spec.num_layers
         if first and last and self._spec.tie_embeddings:
-            head = self._linear([head_name(self._spec)])
-            # A packed matrix cannot be looked up in: rows are then read from the mapped file.
+            head = self._linear("head", head_name(self._spec))
+            # Other matrices cannot be looked up in: rows are then read from the mapped file.
             shared = head.weight if isinstance(head, PlainLinear) else self._view(EMBEDDING)
             return shared, head
-        embedding = self._plain(EMBEDDING).weight if first else None
-        return embedding, self._linear([head_name(self._spec)]) if last else None
+        embedding = self._embedding() if first else None
+        return embedding, self._linear("head", head_name(self._spec)) if last else None
 
     def _layer(self, layer: int) -> LayerWeights:
+        part = f"layer.{layer}"
         prefix = f"model.layers.{layer}."
         attention, mlp = prefix + "self_attn.", prefix + "mlp."
         qk_norm = self._spec.qk_norm
         return LayerWeights(
             input_norm=self._vector(prefix + "input_layernorm.weight"),
-            qkv=self._linear([f"{attention}{x}_proj.weight" for x in "qkv"]),
+            qkv=self._linear(part, *(f"{attention}{x}_proj.weight" for x in "qkv")),
             query_norm=self._vector(attention + "q_norm.weight") if qk_norm else None,
             key_norm=self._vector(attention + "k_norm.weight") if qk_norm else None,
-            output=self._linear([attention + "o_proj.weight"]),
+            output=self._linear(part, attention + "o_proj.weight"),
             post_attention_norm=self._vector(prefix + "post_attention_layernorm.weight"),
-            gate_up=self._linear([mlp + "gate_proj.weight", mlp + "up_proj.weight"]),
-            down=self._linear([mlp + "down_proj.weight"]),
+            gate_up=self._linear(part, mlp + "gate_proj.weight", mlp + "up_proj.weight"),
+            down=self._linear(part, mlp + "down_proj.weight"),
         )
 
-    def _linear(self, names: Sequence[str]) -> Linear:
-        if not self._packed:
-            return self._plain(*names)
-        return packed_linear(self._views(names), self._biases(names), self._on_bytes)
-
-    def _plain(self, *names: str) -> PlainLinear:
-        return plain_linear(
-            self._views(names), self._biases(names), self._dtype, self._device, self._on_bytes
+    def _linear(self, part: str, *names: str) -> Linear:
+        biases = [name.removesuffix("weight") + "bias" for name in names]
+        source = LinearSource(
+            [self._source(name) for name in names],
+            [self._view(name) for name in biases if name in self._shapes],
+            self._on_bytes,
         )
+        return choose_scheme(part, source.weights, self._numerics).make(source, self._numerics)
+
+    def _embedding(self) -> Tensor:
+        source = LinearSource([self._source(EMBEDDING)], [], self._on_bytes)
+        return PlainLinear.make(source, self._embedding_dtype(), self._numerics.device).weight
+
+    def _embedding_bytes(self) -> int:
+        return self._embedding_dtype().itemsize * self._view(EMBEDDING).numel()
+
+    def _embedding_dtype(self) -> torch.dtype:
+        """What is looked up is converted then: float32 would only take more memory."""
+        dtype, stored = self._numerics.dtype, self._view(EMBEDDING).dtype
+        return stored if stored.itemsize < dtype.itemsize else dtype
 
     def _vector(self, name: str) -> Tensor:
-        vector = self._view(name).to(self._device, self._dtype, copy=True)
+        vector = self._view(name).to(self._numerics.device, self._numerics.dtype, copy=True)
         self._on_bytes(vector.nbytes)
         return vector
 
-    def _biases(self, weight_names: Sequence[str]) -> list[Tensor]:
-        names = [name.removesuffix("weight") + "bias" for name in weight_names]
-        return self._views([name for name in names if name in self._shapes])
-
-    def _views(self, names: Sequence[str]) -> list[Tensor]:
-        return [self._view(name) for name in names]
+    def _source(self, name: str) -> WeightSource:
+        way = stored_way(self._spec, name)
+        if way is None:
+            return FloatSource(self._view(name))
+        return open_codes(self._files, name, self._shapes[name], way)
 
     def _view(self, name: str) -> Tensor:
         return self._files.view(name, self._shapes[name])

@@ -160,7 +160,13 @@ class Worker:
         self.control.send(mesh_pb2.WorkerMessage(epoch_joined=joined))
 
     def broken(self, place: Place, error: StageMeshError, peer_address: str) -> None:
-        log.warning("epoch broken", epoch=str(place.epoch), reason=str(error), peer=peer_address)
+        log.warning(
+            "epoch broken",
+            pipeline=place.pipeline_id,
+            epoch=str(place.epoch),
+            reason=str(error),
+            peer=peer_address,
+        )
         self._tell_health()
         broken = mesh_pb2.EpochBroken(
             pipeline_id=place.pipeline_id,
@@ -225,6 +231,8 @@ class Worker:
             num_blocks=message.num_blocks,
             keep_kv=message.keep_kv,
             pages=_origin(message),
+            from_end=message.from_end,
+            num_log_blocks=message.num_log_blocks if message.HasField("num_log_blocks") else None,
         )
 
     def _tell_health(self) -> None:

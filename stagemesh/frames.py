@@ -29,6 +29,7 @@ MAX_PAYLOAD_BYTES = 512 * 2**20
 MAX_ID_CHARS = 256
 
 _LENGTH = struct.Struct("<I")
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +47,8 @@ class StepFrame:
     """A step on its way into a stage.
 
     `payload` holds the hidden states [num_tokens, hidden_size] of the rows that travel, in `dtype`
-    ("float32", "bfloat16", "float16"; "" where there are none). `timings` are those of the stages
-    before. `receive_ns` is from the first frame to the last, as measured by the receiver.
+    ("float32", "bfloat16", "float16", "int8"; "" where there are none). `timings` are those of the
+    stages before. `receive_ns` is from the first frame to the last, as measured by the receiver.
     """
 
     step: Step
@@ -89,6 +90,12 @@ def decode_frame(frame: bytes) -> tuple[plan_pb2.FrameHeader, memoryview]:
     except DecodeError as error:
         raise ProtocolError(f"a frame's header cannot be read: {error}") from None
     return header, view[start:]
+
+
+def hidden_bytes(dtype: str, num_tokens: int, hidden_size: int) -> int:
+    """Hidden states of so many tokens on their way; int8 ones have a float32 scale each."""
+    scale_bytes = 4 if dtype == "int8" else 0
+    return num_tokens * (hidden_size * _DTYPE_BYTES.get(dtype, 0) + scale_bytes)
 
 
 def hello_header(hello: Hello) -> plan_pb2.FrameHeader:
@@ -236,8 +243,8 @@ class Reassembler:
 
 
 def _check_payload_size(header: plan_pb2.StepHeader, first_bytes: int) -> None:
-    item_bytes = wire.DTYPE_BYTES.get(wire.dtype_from_proto(header.dtype), 0)
-    expected_bytes = header.num_tokens * header.hidden_size * item_bytes
+    dtype = wire.dtype_from_proto(header.dtype)
+    expected_bytes = hidden_bytes(dtype, header.num_tokens, header.hidden_size)
     if header.payload_bytes != expected_bytes:
         raise ProtocolError(
             f"a step names {header.payload_bytes} bytes of hidden states, its shape and dtype "

@@ -14,6 +14,7 @@ from typing import Any
 
 from stagemesh.errors import CheckpointError, UnsupportedModel
 from stagemesh.rope_spec import RopeSpec, parse_rope
+from stagemesh.stored_format import StoredFormat, parse_stored_format
 
 DTYPES = ("float32", "bfloat16", "float16")
 _FAMILIES = {
@@ -46,7 +47,8 @@ class ModelSpec:
 
     `layer_windows[i]` is the sliding window of layer i in tokens, the query's own included;
     None for the whole context. `context_length` is the longest sequence that the model is meant
-    for. `dtype` is that of the files, as the config has it.
+    for. `dtype` is that of the files, as the config has it; `stored` is how they hold weights that
+    are quantised, None where none are.
     """
 
     architecture: str
@@ -68,6 +70,7 @@ class ModelSpec:
     qk_norm: bool
     tie_embeddings: bool
     dtype: str
+    stored: StoredFormat | None
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
 
@@ -131,6 +134,7 @@ def parse_config(config: Mapping[str, Any], generation: Mapping[str, Any]) -> Mo
         qk_norm=family == "qwen3",
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
         dtype=_dtype(config),
+        stored=parse_stored_format(config),
         eos_token_ids=_token_ids(generation, "eos_token_id") or _token_ids(config, "eos_token_id"),
         bos_token_id=next(iter(_token_ids({**config, **generation}, "bos_token_id")), None),
     )
@@ -153,9 +157,6 @@ def _architecture(config: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _refuse_unsupported(config: Mapping[str, Any], family: str) -> None:
-    for key in ("quantization_config", "compression_config"):
-        if config.get(key):
-            raise UnsupportedModel(f"{key}: quantised checkpoints are not supported")
     for key in ("hidden_act", "hidden_activation"):
         if config.get(key, "silu") not in ("silu", "swish", None):
             raise UnsupportedModel(f"{key} {config[key]!r} is not supported (known: silu)")

@@ -13,7 +13,7 @@ import contextlib
 import itertools
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import grpc.aio
 import structlog
@@ -53,12 +53,32 @@ class Traffic:
     bytes_received: int = 0
 
 
+class SendMeter(Protocol):
+    """Whom a stream tells how far it is with a message, by calls that must not wait."""
+
+    def writing(self) -> None:
+        """A frame is offered to the connection."""
+
+    def written(self) -> None:
+        """It was taken."""
+
+    def sent(self) -> None:
+        """That was the message's last."""
+
+
+class _NoMeter:
+    def writing(self) -> None: ...
+    def written(self) -> None: ...
+    def sent(self) -> None: ...
+
+
 async def open_push_stream(
     address: str,
     hello: Hello,
     *,
     timeout_s: float,
     traffic: Traffic | None = None,
+    meter: SendMeter | None = None,
     ping_timeout_s: float = PING_TIMEOUT_S,
 ) -> PushStream:
     """A stream to `address`, once the peer has accepted it, which may take `timeout_s`.
@@ -66,7 +86,7 @@ async def open_push_stream(
     From then on it breaks when nothing is heard of the peer for `ping_timeout_s`. Raises what the
     peer refused with (StaleEpoch, ...), or PeerLost.
     """
-    stream = PushStream(address, traffic or Traffic(), ping_timeout_s)
+    stream = PushStream(address, traffic or Traffic(), meter or _NoMeter(), ping_timeout_s)
     try:
         async with asyncio.timeout(timeout_s):
             await stream.introduce(hello)
@@ -85,11 +105,14 @@ class PushStream:
     `rtt_ns` is the round trip of the latest ping, through the peer's event loop.
     """
 
-    def __init__(self, address: str, traffic: Traffic, ping_timeout_s: float) -> None:
+    def __init__(
+        self, address: str, traffic: Traffic, meter: SendMeter, ping_timeout_s: float
+    ) -> None:
         self.address = address
         self.rtt_ns = 0
         self._silence = Silence(ping_timeout_s)
         self._traffic = traffic
+        self._meter = meter
         self._channel = make_channel(address)
         self._call: grpc.aio.StreamStreamCall[Any, Any] = self._channel.stream_stream(
             f"/{SERVICE_NAME}/{METHOD_NAME}", None, None
@@ -175,10 +198,13 @@ class PushStream:
     async def _send_messages(self) -> None:
         while (message := await self._outbox.get()) is not None:
             for frame in encode_message(message):
+                self._meter.writing()
                 await self._write(frame)
+                self._meter.written()
                 self._silence.heard()  # a frame that was taken says that the last one went
                 self._traffic.bytes_sent += len(frame)
             self._traffic.messages_sent += 1
+            self._meter.sent()
         await self._call.done_writing()
 
     async def _take_pongs(self) -> None:

@@ -36,6 +36,7 @@ from stagemesh.push_stream import (
     PING_TIMEOUT_S,
     SERVICE_NAME,
     PushStream,
+    SendMeter,
     Traffic,
     open_push_stream,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "Message",
     "PushHandler",
     "PushStream",
+    "SendMeter",
     "StepFrame",
     "StepResult",
     "Traffic",

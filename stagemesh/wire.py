@@ -40,9 +40,9 @@ _DTYPES = {
     "float32": plan_pb2.DTYPE_FLOAT32,
     "bfloat16": plan_pb2.DTYPE_BFLOAT16,
     "float16": plan_pb2.DTYPE_FLOAT16,
+    "int8": plan_pb2.DTYPE_INT8,
 }
 _DTYPE_NAMES = {number: name for name, number in _DTYPES.items()}
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 _ROW_ERRORS = {None: plan_pb2.ROW_ERROR_UNSPECIFIED, NOT_FINITE: plan_pb2.ROW_ERROR_NOT_FINITE}
 _ROW_ERROR_NAMES = {number: name for name, number in _ROW_ERRORS.items()}
@@ -57,7 +57,7 @@ _SUMMARY_FIELDS = tuple(field.name for field in fields(ModelSummary) if field.na
 
 
 def dtype_to_proto(name: str) -> plan_pb2.DType:
-    """`name` is "float32", "bfloat16", "float16", or "" for unspecified."""
+    """`name` is "float32", "bfloat16", "float16", "int8", or "" for unspecified."""
     return _DTYPES[name]
 
 

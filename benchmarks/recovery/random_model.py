@@ -1,7 +1,8 @@
 """Makes a checkpoint with random weights and a long context: what the model says is of no matter.
 
 A Llama in the Hugging Face layout, with the tokenizer of the demo model. The weights are large
-enough for attention to matter, so that a wrong page would change what is said.
+enough for attention to matter, so that a wrong page would change what is said. Large models are
+written a piece at a time.
 
     python -m benchmarks.recovery.random_model /tmp/long-llama --layers 8 --hidden 256
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +21,9 @@ from safetensors.torch import save_file
 
 from benchmarks.recovery.part import REPO
 
-_TOKENIZER = REPO / "models" / "demo"
-_VOCAB_SIZE = 2048
+TOKENIZER = REPO / "models" / "demo"
+TOKENIZER_SIZE = 2048
+_MAX_SHARD_BYTES = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,9 @@ class ModelShape:
     num_heads: int = 8
     num_kv_heads: int = 4
     max_tokens: int = 8192
+    vocab_size: int = TOKENIZER_SIZE
+    # One matrix for embedding and head.
+    tied: bool = True
 
     @property
     def head_size(self) -> int:
@@ -51,19 +57,51 @@ class ModelShape:
 
 
 def make(out: Path, shape: ModelShape, seed: int = 0) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    weights = {
-        name: torch.randn(size, generator=generator) * 1.5 / size[1] ** 0.5
-        for name, size in _matrices(shape).items()
-    }
-    norms = [f"layers.{n}.{name}_layernorm" for n in range(shape.num_layers) for name in _NORMS]
-    for name in (*norms, "norm"):
-        weights[f"model.{name}.weight"] = torch.ones(shape.hidden_size)
+    """Its tokenizer knows the first ids only, where the shape has a larger vocabulary."""
     out.mkdir(parents=True, exist_ok=True)
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    shards = _planned_shards(shape)
+    generator = torch.Generator().manual_seed(seed)
+    weight_map = {}
+    for number, sizes in enumerate(shards):
+        name = "model.safetensors"
+        if len(shards) > 1:
+            name = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+        weights = {key: _weight(size, generator) for key, size in sizes.items()}
+        save_file(weights, out / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(weights, name)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": 4 * shape.num_parameters()}, "weight_map": weight_map}
+        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
     (out / "config.json").write_text(json.dumps(_config(shape), indent=2) + "\n")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        shutil.copy(_TOKENIZER / name, out / name)
+        shutil.copy(TOKENIZER / name, out / name)
+
+
+def _weight(size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    if len(size) == 1:
+        return torch.ones(size)
+    return torch.randn(size, generator=generator).mul_(1.5 / size[1] ** 0.5)
+
+
+def _planned_shards(shape: ModelShape) -> list[dict[str, tuple[int, ...]]]:
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    filled_bytes = 0
+    for name, size in _tensors(shape):
+        num_bytes = 4 * torch.Size(size).numel()
+        if shards[-1] and filled_bytes + num_bytes > _MAX_SHARD_BYTES:
+            shards.append({})
+            filled_bytes = 0
+        shards[-1][name] = size
+        filled_bytes += num_bytes
+    return shards
+
+
+def _tensors(shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield from _matrices(shape).items()
+    for n in range(shape.num_layers):
+        for name in _NORMS:
+            yield f"model.layers.{n}.{name}_layernorm.weight", (shape.hidden_size,)
+    yield "model.norm.weight", (shape.hidden_size,)
 
 
 _NORMS = ("input", "post_attention")
@@ -72,7 +110,9 @@ _NORMS = ("input", "post_attention")
 def _matrices(shape: ModelShape) -> dict[str, tuple[int, int]]:
     hidden, inner = shape.hidden_size, shape.intermediate_size
     queries, keys = shape.num_heads * shape.head_size, shape.num_kv_heads * shape.head_size
-    sizes = {"model.embed_tokens.weight": (_VOCAB_SIZE, hidden)}
+    sizes = {"model.embed_tokens.weight": (shape.vocab_size, hidden)}
+    if not shape.tied:
+        sizes["lm_head.weight"] = (shape.vocab_size, hidden)
     for n in range(shape.num_layers):
         layer = {
             "self_attn.q_proj": (queries, hidden),
@@ -91,7 +131,7 @@ def _config(shape: ModelShape) -> dict[str, object]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": _VOCAB_SIZE,
+        "vocab_size": shape.vocab_size,
         "max_position_embeddings": shape.max_tokens,
         "hidden_size": shape.hidden_size,
         "intermediate_size": shape.intermediate_size,
@@ -104,7 +144,7 @@ def _config(shape: ModelShape) -> dict[str, object]:
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": shape.tied,
         "bos_token_id": 0,
         "eos_token_id": 1,
         "torch_dtype": "float32",

@@ -20,10 +20,12 @@ def has_place(pipeline: Pipeline, best_priority: int, limits: SchedulerLimits) -
     """Whether a sequence of this priority may begin, as far as steps and numbers go."""
     if pipeline.num_step_slots <= 0:
         return False
-    running = pipeline.running.values()
-    return len(running) < limits.max_running_requests or any(
-        sequence.request.priority > best_priority for sequence in running
-    )
+    num_running = len(pipeline.running)
+    return num_running < limits.max_running_requests or _has_worse(pipeline, best_priority)
+
+
+def _has_worse(pipeline: Pipeline, priority: int) -> bool:
+    return any(one.request.priority > priority for one in pipeline.running.values())
 
 
 class _Opening:
@@ -42,7 +44,7 @@ class _Opening:
         self.blocks = BlockBudget(self.pipeline)
         self.num_pending_tokens = sum(
             self.pipeline.num_pending(sequence)
-            for sequence in self.pipeline.running.values()
+            for sequence in self.pipeline.turns.ready.values()
             if sequence.request.priority <= self._best_priority
         )
 
@@ -145,6 +147,8 @@ class AdmissionRound:
         """Running sequences of worse priority, worst first, as many as needed; none if all of them
         are not enough."""
         pipeline = offer.opening.pipeline
+        if not _has_worse(pipeline, sequence.request.priority):
+            return []
         num_places = self._limits.max_running_requests - len(pipeline.running)
         num_blocks = offer.opening.blocks.remaining
         kept = {block_id for entry in offer.hits for block_id in entry}

@@ -1,10 +1,10 @@
 """Fills one step of one pipeline: who takes part, with how many tokens.
 
 Sequences that need one token (decoding, mostly) come first, those that waited longest before the
-others, and are dealt evenly over the steps that may be in flight, so that every stage has work.
-Those that have more to catch up share what is left of the token budget, by rank; a part of it is
-theirs alone. What a replaced stage lacks of a sequence is rebuilt before anything new of it is
-computed. Where blocks are short, the worst ranked running sequence is preempted.
+others. Those that have more to catch up go by rank, with what is left of the token budget; a part
+of it is theirs alone. How much of either a step takes on is said by scheduler/core/balance.py. What
+a replaced stage lacks of a sequence is rebuilt before anything new of it is computed. Where blocks
+are short, the worst ranked running sequence is preempted.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from scheduler.core.budgets import TokenBudget
+from scheduler.core.balance import share_out
+from scheduler.core.budgets import CostBudget, TokenBudget
 from scheduler.core.lacks import RebuildPart
 from scheduler.core.limits import SchedulerLimits
 from scheduler.core.pipeline import Pipeline, RowInFlight
@@ -26,20 +27,16 @@ _CATCH_UP_DIVISOR = 4
 def plan_step(
     pipeline: Pipeline,
     limits: SchedulerLimits,
+    num_waiting_tokens: int,
     preempt: Callable[[Sequence], None],
     now_ns: int,
 ) -> Step | None:
     """The next step of a pipeline that may send one, or None if there is nothing to do in it."""
-    decoding: list[Sequence] = []
-    catching_up: list[Sequence] = []
-    for sequence in pipeline.running.values():
-        num_pending = pipeline.num_pending(sequence)
-        if num_pending:
-            (decoding if num_pending == 1 else catching_up).append(sequence)
+    decoding, catching_up = pipeline.take_ready()
     catching_up.sort(key=lambda sequence: sequence.rank)
-    num_decoding = len(pipeline.running) - len(catching_up)
-    decode_share = -(-num_decoding // pipeline.max_steps_in_flight)
-    catch_up_share = -(-len(catching_up) // pipeline.num_step_slots)
+    shares = share_out(pipeline, catching_up, num_waiting_tokens)
+    rates = pipeline.pace.rates
+    decode_share = CostBudget(shares.decoding, rates)
 
     tokens = TokenBudget(limits.max_step_tokens, limits.max_chunk_tokens)
     batch = Batch(pipeline, tokens, preempt)
@@ -47,10 +44,10 @@ def plan_step(
         # In a tiny budget: one token in every other step.
         reserve = limits.max_step_tokens // _CATCH_UP_DIVISOR or pipeline.next_step % 2
         tokens.reserve(reserve)
-    num_added = batch.fill(decoding, decode_share)
+    batch.deal(decoding, decode_share)
     tokens.reserve(0)
-    batch.fill(catching_up, catch_up_share)
-    batch.fill(decoding, decode_share - num_added)
+    batch.fill(catching_up, CostBudget(shares.catching_up, rates, shares.least))
+    batch.deal(decoding, decode_share)
     return batch.send(now_ns)
 
 
@@ -74,16 +71,39 @@ class Batch:
         self._preempt = preempt
         self._parts: dict[int, _Part] = {}
 
-    def fill(self, sequences: Iterable[Sequence], max_rows: int) -> int:
-        """Adds up to `max_rows` of them, and says how many."""
-        num_added = 0
+    def fill(self, sequences: Iterable[Sequence], share: CostBudget) -> None:
+        """Adds of them what the share allows, in their order."""
         for sequence in sequences:
-            if num_added >= max_rows or self._tokens.grant(1) == 0:
+            num_granted = share.grant(*self._pipeline.pending_span(sequence))
+            if num_granted == 0 or self._tokens.grant(1) == 0:
                 break
             is_here = sequence.pipeline is self._pipeline  # not preempted a moment ago
             if is_here and sequence.sequence_id not in self._parts:
-                num_added += self._add(sequence)
-        return num_added
+                self._add(sequence, num_granted, share)
+
+    def deal(self, sequences: Iterable[Sequence], share: CostBudget) -> None:
+        """The same for those that need one token each.
+
+        Most rows of most steps are of this kind, so less is asked about them.
+        """
+        if self._pipeline.lacks:
+            self.fill(sequences, share)
+            return
+        pipeline, tokens, parts = self._pipeline, self._tokens, self._parts
+        size = pipeline.facts.block_size_tokens
+        for sequence in sequences:
+            if share.is_used_up or tokens.is_used_up:
+                break
+            if sequence.pipeline is not pipeline or sequence.sequence_id in parts:
+                continue
+            start = sequence.num_scheduled
+            has_room = start < len(sequence.table.groups[0]) * size
+            if has_room or self._make_room(sequence, start + 1) > start:
+                sequence.num_scheduled = start + 1
+                tokens.take(1)
+                share.take_one(start)
+                parts[sequence.sequence_id] = _Part(sequence, start, start + 1)
+                pipeline.turns.had_turn(sequence, may_wait=False)
 
     def send(self, now_ns: int) -> Step | None:
         """The step, or None without rows. What is to be forgotten waits for rows, but not on an
@@ -91,32 +111,34 @@ class Batch:
         parts = self._parts.values()
         if not parts and (self._pipeline.in_flight or not self._pipeline.to_forget):
             return None
-        rows = tuple(self._row(part) for part in parts)
-        in_flight = tuple(_in_flight(row, part) for row, part in zip(rows, parts, strict=True))
+        rows = tuple(map(self._row, parts))
+        in_flight = tuple(map(_in_flight, rows, parts))
         return self._pipeline.send(rows, in_flight, now_ns)
 
-    def _add(self, sequence: Sequence) -> bool:
+    def _add(self, sequence: Sequence, max_tokens: int, share: CostBudget) -> None:
         lacks = self._pipeline.lacks
         if lacks:
             if lacks.is_in_making(sequence.table):
-                return False  # another sequence's row of this step brings back what both hold
-            rebuild = lacks.next_part(sequence.table, self._tokens.grant(sequence.num_computed))
+                return  # another sequence's row of this step brings back what both hold
+            num_tokens = self._tokens.grant(min(max_tokens, sequence.num_computed))
+            rebuild = lacks.next_part(sequence.table, num_tokens)
             if rebuild is not None:
                 lacks.reserve(rebuild)
-                self._take(_Part(sequence, rebuild.start, rebuild.end, rebuild))
-                return True
+                self._take(_Part(sequence, rebuild.start, rebuild.end, rebuild), share)
+                return
         start = sequence.num_scheduled
-        end = self._make_room(sequence, start + self._tokens.grant(sequence.num_pending))
-        if end == start:
-            return False
-        self._take(_Part(sequence, start, end))
-        sequence.num_scheduled = end
-        return True
+        num_tokens = self._tokens.grant(min(max_tokens, sequence.num_pending))
+        end = self._make_room(sequence, start + num_tokens)
+        if end > start:
+            sequence.num_scheduled = end
+            self._take(_Part(sequence, start, end), share)
 
-    def _take(self, part: _Part) -> None:
-        self._tokens.take(part.end - part.start)
+    def _take(self, part: _Part, share: CostBudget) -> None:
+        num_tokens = part.end - part.start
+        self._tokens.take(num_tokens)
+        share.take(part.start, num_tokens)
         self._parts[part.sequence.sequence_id] = part
-        self._pipeline.running.move_to_end(part.sequence.sequence_id)
+        self._pipeline.had_turn(part.sequence)
 
     def _make_room(self, sequence: Sequence, end: int) -> int:
         """Allocates blocks up to `end`, or up to where they last; preempts for the first only.
@@ -137,7 +159,7 @@ class Batch:
                 return sequence.num_scheduled
             self._drop(victim)
         end = min(end, room)
-        table.grow(pool, facts.num_blocks_for(end))
+        self._pipeline.grow(sequence, facts.num_blocks_for(end))
         return end
 
     def _drop(self, victim: Sequence) -> None:
@@ -151,6 +173,8 @@ class Batch:
     def _row(self, part: _Part) -> Row:
         sequence, start, end, rebuild = part
         is_first = sequence.needs_state
+        if rebuild is None and not is_first and end - start == 1 and end == len(sequence.tokens):
+            return self._decode_row(sequence, start)
         sequence.needs_state = False
         sequence.is_known_to_stages = True
         logprobs = sequence.wanted_prompt_logprobs if rebuild is None else range(0)
@@ -172,18 +196,27 @@ class Batch:
             first_writing_stage=rebuild.writing_stage if rebuild else 0,
         )
 
+    def _decode_row(self, sequence: Sequence, start: int) -> Row:
+        """The last token of a sequence that the stages know: what most rows are."""
+        return Row(
+            sequence.sequence_id,
+            sequence.run,
+            start,
+            1,
+            (sequence.tokens[start],),
+            sequence.table.take_updates(whole=False),
+            0,
+            self._pipeline.facts.num_stages,
+            (start,),
+        )
+
 
 def _overlap(wanted: range, start: int, end: int) -> tuple[int, ...]:
     return tuple(range(max(start, wanted.start), min(end, wanted.stop)))
 
 
 def _in_flight(row: Row, part: _Part) -> RowInFlight:
+    sequence, start, end, rebuild = part
     return RowInFlight(
-        sequence=part.sequence,
-        run=row.run,
-        start=part.start,
-        end=part.end,
-        sample_positions=row.sample_positions,
-        logprob_positions=row.logprob_positions,
-        rebuild=part.rebuild,
+        sequence, row.run, start, end, row.sample_positions, row.logprob_positions, rebuild
     )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from scheduler.core.costs import StepRates
 from scheduler.core.pipeline import Pipeline
 from scheduler.core.sequence import Sequence
+
+_OVERDRAFT = 0.95  # of one token's cost
 
 
 class TokenBudget:
@@ -13,6 +16,10 @@ class TokenBudget:
         self.remaining = max_tokens
         self._max_chunk_tokens = max_chunk_tokens or max_tokens
         self._reserved = 0
+
+    @property
+    def is_used_up(self) -> bool:
+        return self.remaining <= self._reserved
 
     def reserve(self, num_tokens: int) -> None:
         """Keeps so many tokens back from now on."""
@@ -29,6 +36,41 @@ class TokenBudget:
         self.remaining += num_tokens
 
 
+class CostBudget:
+    """A share of a step's cost. Whoever comes first may take what `least` buys, and one token."""
+
+    def __init__(self, cost: float, rates: StepRates, least: float = 0.0) -> None:
+        self._remaining = cost
+        self._least = least
+        self._crumb = (1 - _OVERDRAFT) * rates.token
+        self._rates = rates
+        self._is_untouched = True
+
+    def grant(self, start: int, num_wanted: int) -> int:
+        """How many of the tokens from `start` on may be had. What is left is never too little for
+        one more, unless it is next to nothing: else someone would be left over again and again."""
+        if self._rates.tokens(start, num_wanted) <= self._remaining:
+            return num_wanted
+        more = _OVERDRAFT * self._rates.tokens(start, 1)
+        num = self._rates.num_tokens_for(self._remaining + more, start)
+        if self._is_untouched:
+            num = max(1, num, self._rates.num_tokens_for(self._least, start))
+        return min(num_wanted, num)
+
+    @property
+    def is_used_up(self) -> bool:
+        """Whether `grant` would give nothing to a sequence at the beginning of its context."""
+        return self._remaining < self._crumb and not self._is_untouched
+
+    def take_one(self, position: int) -> None:
+        self._remaining -= self._rates.token + self._rates.position * (position + 1)
+        self._is_untouched = False
+
+    def take(self, start: int, num_tokens: int) -> None:
+        self._remaining -= self._rates.tokens(start, num_tokens)
+        self._is_untouched = False
+
+
 class BlockBudget:
     """The blocks of one pipeline that no running sequence will need to catch up.
 
@@ -38,7 +80,8 @@ class BlockBudget:
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
-        spoken_for = sum(self._num_missing(sequence) for sequence in pipeline.running.values())
+        # Who has nothing to plan has its blocks.
+        spoken_for = sum(self._num_missing(sequence) for sequence in pipeline.turns.ready.values())
         self.remaining = pipeline.pool.num_free - spoken_for
 
     def cost(self, sequence: Sequence, hits: list[tuple[int, ...]]) -> int:

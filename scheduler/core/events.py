@@ -25,12 +25,14 @@ class Admission:
     queue_ns: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Tokens:
     """`tokens` stand at [index, index + len(tokens)) of the output.
 
     `prompt_logprobs` comes with the first tokens of a request that asked for it: one entry per
     prompt token but the first. `admission` comes with the first tokens of an attempt.
+
+    Nobody changes it; it is not frozen since one is made per token, and that takes much longer.
     """
 
     key: RequestKey

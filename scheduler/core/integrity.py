@@ -43,7 +43,7 @@ def _check_pipeline(pipeline: Pipeline) -> None:
     running = pipeline.running.values()
     held = Counter(block_id for one in running for block_id in one.table.block_ids())
     pipeline.pool.check_integrity(held)
-    _check(pipeline.num_step_slots >= 0, pipeline, "has too many steps in flight")
+    _check_turns(pipeline)
     _check_steps(pipeline)
     _check_lacks(pipeline)
     shared = {block_id for block_id, num in held.items() if num > 1}
@@ -51,6 +51,16 @@ def _check_pipeline(pipeline: Pipeline) -> None:
         _check_running(pipeline, sequence)
         _check_table(pipeline, sequence, shared)
         _check_names(pipeline, sequence)
+
+
+def _check_turns(pipeline: Pipeline) -> None:
+    """Nobody who has something to plan is overlooked."""
+    running, turns = pipeline.running, pipeline.turns
+    waiting = {number for number, one in running.items() if pipeline.num_pending(one)}
+    _check(waiting <= turns.ready.keys(), pipeline, "overlooks a sequence")
+    _check(turns.ready.keys() <= running.keys(), pipeline, "has a turn for who does not run")
+    num_tokens = sum(one.num_tokens for one in running.values())
+    _check(turns.num_tokens == num_tokens, pipeline, "has miscounted its tokens")
 
 
 def _check_steps(pipeline: Pipeline) -> None:

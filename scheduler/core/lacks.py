@@ -47,7 +47,9 @@ class Lacks:
     """Of one pipeline. `num_log_blocks[i]`: stage i logs what it sends for blocks below that."""
 
     def __init__(self, block_size_tokens: int, num_log_blocks: Sequence[int]) -> None:
-        self.num_log_blocks = num_log_blocks
+        self._num_log_blocks = num_log_blocks
+        # Blocks below that, by stage, that were written when the log did not reach so far.
+        self._unlogged: dict[int, set[int]] = {}
         self._block_size = block_size_tokens
         self._by_stage: dict[int, dict[int, Lack]] = {}
         # Touched by the step under construction: nobody else may count on them before the next.
@@ -69,6 +71,7 @@ class Lacks:
     def lose(self, stage: int, needed: Mapping[int, int]) -> None:
         """The stage has nothing any more. `needed`: slots in use, by block that has an owner."""
         self._by_stage.pop(stage, None)
+        self._unlogged.pop(stage, None)  # what is rebuilt is logged again
         if needed:
             self._by_stage[stage] = {block_id: Lack(num) for block_id, num in needed.items()}
 
@@ -78,6 +81,19 @@ class Lacks:
         for blocks in self._by_stage.values():
             for lack in blocks.values():
                 lack.scheduled = lack.computed
+
+    def resize_logs(self, num_log_blocks: Sequence[int], in_use: Iterable[int]) -> None:
+        """Blocks that a log reaches only from now on are not in it until they are written anew."""
+        for stage, (old, new) in enumerate(zip(self._num_log_blocks, num_log_blocks, strict=True)):
+            missing = {block_id for block_id in in_use if old <= block_id < new}
+            if missing:
+                self._unlogged.setdefault(stage, set()).update(missing)
+        self._num_log_blocks = num_log_blocks
+
+    def allocated(self, block_ids: Iterable[int]) -> None:
+        """They have a new owner, who writes them from the beginning."""
+        for unlogged in self._unlogged.values():
+            unlogged.difference_update(block_ids)
 
     def drop(self, block_id: int) -> bool:
         """The block's content is of no use any more. Returns whether a stage lacked it."""
@@ -193,9 +209,13 @@ class Lacks:
     def _source(self, stage: int, log_block: int) -> int:
         """The stage to begin with so that `stage` gets its input: right there where the one before
         has logged it, else further up."""
-        while stage > 0 and log_block >= self.num_log_blocks[stage - 1]:
+        while stage > 0 and not self._is_logged(stage - 1, log_block):
             stage -= 1
         return stage
+
+    def _is_logged(self, stage: int, block_id: int) -> bool:
+        is_missing = block_id in self._unlogged.get(stage, ())
+        return block_id < self._num_log_blocks[stage] and not is_missing
 
     def _remove(self, stage: int, block_id: int) -> None:
         blocks = self._by_stage[stage]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from scheduler.core.blocks import BlockName, BlockPool
 from scheduler.core.lacks import Lacks, RebuildPart
-from scheduler.core.rates import MendTime, StepCost
+from scheduler.core.limits import SchedulerLimits
+from scheduler.core.pace import Pace
+from scheduler.core.rates import MendTime, StepCost, Unscheduled
 from scheduler.core.sequence import Sequence
+from scheduler.core.turns import Turns
 from stagemesh.errors import ConfigError
 from stagemesh.plan import Epoch, HopTiming, Row, SequenceRun, Step
 
@@ -78,22 +81,27 @@ class StepInFlight:
     forget: tuple[SequenceRun, ...]
     sent_ns: int
 
-    @property
-    def num_tokens(self) -> int:
-        return sum(row.end - row.start for row in self.rows)
+    def num_tokens_and_positions(self) -> tuple[int, float]:
+        """Positions are those that each token attends to, summed over the tokens."""
+        num_tokens, num_positions = 0, 0.0
+        for row in self.rows:
+            num = row.end - row.start
+            num_tokens += num
+            num_positions += num * (row.start + (num + 1) / 2)
+        return num_tokens, num_positions
 
 
 _NUM_RECENT_TIMINGS = 32
 
 
 class Pipeline:
-    def __init__(self, facts: PipelineFacts, max_steps_in_flight: int | None) -> None:
+    def __init__(self, facts: PipelineFacts, limits: SchedulerLimits, now_ns: int) -> None:
         self.facts = facts
+        self.capacity_tokens = facts.capacity_tokens
         self.epoch = facts.epoch
-        self.max_steps_in_flight = max_steps_in_flight or facts.num_stages
         self.pool = BlockPool(facts.num_blocks)
-        # In the order of their last turn, so that those who waited longest come first.
-        self.running: OrderedDict[int, Sequence] = OrderedDict()
+        self.turns = Turns()
+        self.running = self.turns.running
         self.in_flight: deque[StepInFlight] = deque()
         self.to_forget: list[SequenceRun] = []
         self.next_step = 0
@@ -101,7 +109,10 @@ class Pipeline:
         self.recent_timings: deque[tuple[HopTiming, ...]] = deque(maxlen=_NUM_RECENT_TIMINGS)
         self.lacks = Lacks(facts.block_size_tokens, self._num_log_blocks())
         self.step_cost = StepCost()
+        self.pace = Pace(facts.num_stages, limits.max_steps_in_flight)
         self.mend_time = MendTime()
+        self.unscheduled = Unscheduled()
+        self.unscheduled.began(now_ns)
         self.suspended_ns: int | None = None
         self.num_tokens_rebuilt = 0
 
@@ -112,7 +123,11 @@ class Pipeline:
     @property
     def num_step_slots(self) -> int:
         """Steps that may be sent now."""
-        return 0 if self.is_suspended else self.max_steps_in_flight - len(self.in_flight)
+        return 0 if self.is_suspended else max(0, self.max_steps_in_flight - len(self.in_flight))
+
+    @property
+    def max_steps_in_flight(self) -> int:
+        return self.pace.max_steps_in_flight
 
     @property
     def is_suspended(self) -> bool:
@@ -123,6 +138,21 @@ class Pipeline:
         """Tokens to plan until the sequence's next one, what stages lack of it included."""
         num_lacking = self.lacks.num_unscheduled(sequence.table) if self.lacks else 0
         return sequence.num_pending + num_lacking
+
+    def pending_span(self, sequence: Sequence) -> tuple[int, int]:
+        """(about where, how many) are the tokens of `num_pending`."""
+        num_pending = self.num_pending(sequence)
+        return max(0, len(sequence.tokens) - num_pending), num_pending
+
+    def take_ready(self) -> tuple[list[Sequence], list[Sequence]]:
+        """(those that need one token, those that need more), whoever waited longest first."""
+        # While stages lack something, what was planned of it may be released again by others.
+        return self.turns.split(self.num_pending if self.lacks else None)
+
+    def had_turn(self, sequence: Sequence) -> None:
+        """Something of it was planned."""
+        may_wait = sequence.num_pending > 0 or bool(self.lacks)
+        self.turns.had_turn(sequence, may_wait=may_wait)
 
     def prefix_hits(self, sequence: Sequence) -> list[tuple[int, ...]]:
         """Blocks that hold a beginning of the sequence: one per cache group for each entry."""
@@ -151,7 +181,14 @@ class Pipeline:
         sequence.num_computed = sequence.num_scheduled = num_tokens
         sequence.num_named = len(hits)
         sequence.pipeline = self
-        self.running[sequence.sequence_id] = sequence
+        self.turns.begin(sequence)
+
+    def grow(self, sequence: Sequence, num_entries: int) -> None:
+        """Gives the sequence the blocks that it lacks up to so many."""
+        num_before = sequence.table.num_entries
+        sequence.table.grow(self.pool, num_entries)
+        for index in range(num_before, num_entries):
+            self.lacks.allocated(sequence.table.entry(index))
 
     def dismiss(self, sequence: Sequence) -> None:
         """The sequence ends or is preempted; its blocks are free for the next step at once.
@@ -159,7 +196,7 @@ class Pipeline:
         Rows in flight still write to them, but in the order of the plan: before any row that is
         planned from now on.
         """
-        del self.running[sequence.sequence_id]
+        self.turns.end(sequence)
         block_ids = list(sequence.table.block_ids()) if self.lacks else []
         sequence.table.release(self.pool)
         for block_id in block_ids:
@@ -170,6 +207,7 @@ class Pipeline:
 
     def send(self, rows: tuple[Row, ...], in_flight: tuple[RowInFlight, ...], now_ns: int) -> Step:
         self.lacks.commit()
+        self.unscheduled.ended(now_ns)
         forget = tuple(self.to_forget)
         self.to_forget.clear()
         step = Step(self.pipeline_id, self.epoch, self.next_step, rows, forget)
@@ -180,21 +218,28 @@ class Pipeline:
     def step_done(self, timings: tuple[HopTiming, ...], now_ns: int) -> None:
         """The oldest step in flight was answered: what it rebuilt is there."""
         step = self.in_flight.popleft()
+        if not self.in_flight:
+            self.unscheduled.began(now_ns)
         self.num_steps_done += 1
         rebuilt = [row.rebuild for row in step.rows if row.rebuild is not None]
         for part in rebuilt:
             self.lacks.rebuilt(part)
             self.num_tokens_rebuilt += part.end - part.start
         if not rebuilt:  # a step through a part of the stages tells nothing of whole ones
-            self.step_cost.step_done(step.num_tokens, step.sent_ns, now_ns)
+            num_tokens, num_positions = step.num_tokens_and_positions()
+            self.step_cost.step_done(num_tokens, step.sent_ns, now_ns)
+            self.pace.step_done(num_tokens, num_positions, timings, now_ns - step.sent_ns)
+            self.pace.tune(len(self.running), self.turns.num_tokens)
         if timings:
             self.recent_timings.append(timings)
+
+    def has_new_block(self, sequence: Sequence) -> bool:
+        """Whether one more block is full and computed, and not known to the prefix index."""
+        return sequence.num_computed >= (sequence.num_named + 1) * self.facts.block_size_tokens
 
     def name_computed_blocks(self, sequence: Sequence) -> None:
         """Full blocks whose KV was acknowledged may be given to others from now on."""
         num_full = sequence.num_computed // self.facts.block_size_tokens
-        if num_full <= sequence.num_named:
-            return
         hashes = sequence.chain(self.facts).extend(sequence.tokens, num_full)
         for index in range(sequence.num_named, num_full):
             for group, block_ids in enumerate(sequence.table.groups):
@@ -212,11 +257,13 @@ class Pipeline:
         What they were to forget is said again, since nobody knows which stages heard it.
         """
         self.suspended_ns = now_ns if self.suspended_ns is None else self.suspended_ns
+        self.unscheduled.ended(now_ns)
         self.to_forget[:0] = [run for step in self.in_flight for run in step.forget]
         self.in_flight.clear()
         self.lacks.undo()
         for sequence in self.running.values():
             sequence.rewind()
+        self.turns.all_wait()
 
     def resume(
         self,
@@ -235,10 +282,12 @@ class Pipeline:
                 preempt(sequence)
         self.pool.resize(facts.num_blocks)
         self.facts = facts
+        self.capacity_tokens = facts.capacity_tokens
         self.epoch = facts.epoch
-        self.lacks.num_log_blocks = self._num_log_blocks()
+        self.lacks.resize_logs(self._num_log_blocks(), self.pool.blocks_in_use())
         self.next_step = 0
         self.suspended_ns = None
+        self.unscheduled.began(now_ns)
         self.num_tokens_rebuilt = 0
         if lost_stages:
             self._lose(lost_stages)

@@ -56,11 +56,15 @@ class Planner:
         self._admit(now_ns)
         self._move_starved()
         steps = (
-            plan_step(pipeline, self._limits, self.preempt, now_ns)
+            plan_step(pipeline, self._limits, self._num_waiting_tokens(), self.preempt, now_ns)
             for pipeline in self._pipelines.values()
             if pipeline.num_step_slots > 0
         )
         return [step for step in steps if step is not None]
+
+    def _num_waiting_tokens(self) -> int:
+        """What each pipeline has to expect of the queue."""
+        return self._roster.queue.num_tokens // len(self._pipelines)
 
     def _admit(self, now_ns: int) -> None:
         best = self._roster.queue.best_priority

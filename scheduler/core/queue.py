@@ -17,6 +17,7 @@ class WaitingQueue:
 
     def __init__(self) -> None:
         self._sequences: list[Sequence] = []
+        self.num_tokens = 0  # of all that wait
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -31,8 +32,10 @@ class WaitingQueue:
 
     def add(self, sequence: Sequence) -> None:
         insort(self._sequences, sequence, key=_rank)
+        self.num_tokens += sequence.num_tokens
 
     def remove(self, sequence: Sequence) -> None:
         index = bisect_left(self._sequences, sequence.rank, key=_rank)
         assert self._sequences[index] is sequence, "the sequence does not wait"
         del self._sequences[index]
+        self.num_tokens -= sequence.num_tokens

@@ -61,6 +61,24 @@ class StepCost:
 
 
 @dataclass(slots=True)
+class Unscheduled:
+    """For how long a pipeline served without a step under way: nobody had asked it for anything."""
+
+    _since_ns: int | None = None
+    _total_ns: int = 0
+
+    def began(self, now_ns: int) -> None:
+        self._since_ns = now_ns if self._since_ns is None else self._since_ns
+
+    def ended(self, now_ns: int) -> None:
+        self._total_ns, self._since_ns = self.total_ns(now_ns), None
+
+    def total_ns(self, now_ns: int) -> int:
+        """What lasts is counted up to now."""
+        return self._total_ns + (0 if self._since_ns is None else now_ns - self._since_ns)
+
+
+@dataclass(slots=True)
 class MendTime:
     """How long a suspended pipeline has to be waited for."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import replace
 from itertools import count
 
 from scheduler.core.counters import Counters
@@ -63,14 +64,13 @@ class Roster:
     def deliver(self, sequence: Sequence, token: SampledToken) -> None:
         """One more token of output."""
         request = sequence.request
-        index = sequence.num_output_tokens
-        is_first = index == len(request.output_token_ids)
-        prompt_logprobs = tuple(sequence.prompt_logprobs) if is_first else ()
-        admission = _admission(sequence) if is_first else None
+        index = len(sequence.tokens) - sequence.num_prompt_tokens
         sequence.tokens.append(token.token_id)
-        self._events.append(
-            Tokens(request.key, request.attempt, index, (token,), prompt_logprobs, admission)
-        )
+        event = Tokens(request.key, request.attempt, index, (token,))
+        if index == len(request.output_token_ids):  # the first of this attempt
+            logprobs = tuple(sequence.prompt_logprobs)
+            event = replace(event, prompt_logprobs=logprobs, admission=_admission(sequence))
+        self._events.append(event)
 
     def end(
         self,

@@ -83,7 +83,7 @@ class SchedulerCore:
         """A pipeline serves from now on. Its id must be free."""
         assert facts.pipeline_id not in self._pipelines, f"{facts.pipeline_id} is there already"
         self._now_ns = now_ns
-        self._pipelines[facts.pipeline_id] = Pipeline(facts, self._limits.max_steps_in_flight)
+        self._pipelines[facts.pipeline_id] = Pipeline(facts, self._limits, now_ns)
         self._pipelines_changed()
 
     def remove_pipeline(self, pipeline_id: str, now_ns: int) -> None:
@@ -230,10 +230,7 @@ class SchedulerCore:
         return RequestDeadlineExceeded("the deadline has passed")
 
     def _too_long(self, num_tokens: int) -> str:
-        return (
-            f"{num_tokens} tokens leave no room for output in the longest context, "
-            f"{self._max_capacity} tokens"
-        )
+        return f"{num_tokens} tokens leave no room for output in {self._max_capacity}, the longest"
 
     def _pipelines_changed(self) -> None:
         """What waits may have become too long, or be no longer so."""
@@ -254,23 +251,26 @@ class SchedulerCore:
         if row.rebuild is not None:
             return
         sequence.num_computed = row.end
-        sequence.prompt_logprobs += answer.prompt_logprobs
-        if self._limits.prefix_cache:
+        if answer.prompt_logprobs:
+            sequence.prompt_logprobs += answer.prompt_logprobs
+        if self._limits.prefix_cache and pipeline.has_new_block(sequence):
             pipeline.name_computed_blocks(sequence)
         for token in answer.sampled:
             self._roster.deliver(sequence, token)
+            pipeline.turns.token_came(sequence)
             self._end_if_done(sequence)
 
     def _end_if_done(self, sequence: Sequence) -> None:
         """Ends the sequence if its last token was its last."""
-        request, num_output = sequence.request, sequence.num_output_tokens
+        request, num_tokens = sequence.request, len(sequence.tokens)
+        num_output = num_tokens - sequence.num_prompt_tokens
         if num_output == 0:
             return
         pipeline = sequence.pipeline
-        max_length = pipeline.facts.capacity_tokens if pipeline else self._max_capacity
+        max_length = pipeline.capacity_tokens if pipeline else self._max_capacity
         if sequence.tokens[-1] in request.sampling.stop_token_ids:
             self._end(sequence, EndReason.STOP_TOKEN)
-        elif num_output >= request.max_tokens or sequence.num_tokens == max_length:
+        elif num_output >= request.max_tokens or num_tokens == max_length:
             self._end(sequence, EndReason.LENGTH)
 
     def _end_if_too_long(self, sequence: Sequence) -> None:

@@ -46,6 +46,9 @@ class Sequence:
     arrival: int
     submitted_ns: int
     tokens: list[int] = field(init=False)
+    # A token that only shows whether a pipeline answers; nobody asked for it.
+    is_probe: bool = field(init=False)
+    num_prompt_tokens: int = field(init=False)
     run: int = 0
     num_computed: int = 0
     num_scheduled: int = 0
@@ -65,15 +68,12 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.tokens = [*self.request.prompt_token_ids, *self.request.output_token_ids]
+        self.is_probe = self.request is PROBE
+        self.num_prompt_tokens = len(self.request.prompt_token_ids)
 
     @property
     def key(self) -> RequestKey:
         return self.request.key
-
-    @property
-    def is_probe(self) -> bool:
-        """A token that only shows whether a pipeline answers; nobody asked for it."""
-        return self.request is PROBE
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -85,12 +85,8 @@ class Sequence:
         return len(self.tokens)
 
     @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.request.prompt_token_ids)
-
-    @property
     def num_output_tokens(self) -> int:
-        return len(self.tokens) - len(self.request.prompt_token_ids)
+        return len(self.tokens) - self.num_prompt_tokens
 
     @property
     def num_pending(self) -> int:

@@ -14,7 +14,8 @@ from stagemesh.plan import Epoch, HopTiming
 class PipelineStats:
     """`num_free_blocks` includes `num_cached_blocks`. `mean_timings`: one per stage, over the last
     steps. `num_lacking_tokens` counts what is still to be rebuilt, once per stage and block that
-    lacks it; `num_tokens_rebuilt` what has been since the epoch began, once per row."""
+    lacks it; `num_tokens_rebuilt` what has been since the epoch began, once per row. For
+    `unscheduled_ns` it served without a step under way."""
 
     pipeline_id: str
     epoch: Epoch
@@ -27,6 +28,8 @@ class PipelineStats:
     num_lacking_tokens: int
     num_tokens_rebuilt: int
     mean_timings: tuple[HopTiming, ...]
+    unscheduled_ns: int
+    max_steps_in_flight: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +69,11 @@ def core_stats(roster: Roster, pipelines: Iterable[Pipeline], now_ns: int) -> Co
         cached_prompt_tokens=counters.cached_prompt_tokens,
         generated_tokens_per_s=counters.generated_rate.per_second(now_ns),
         prompt_tokens_per_s=counters.prompt_rate.per_second(now_ns),
-        pipelines=tuple(pipeline_stats(pipeline) for pipeline in pipelines),
+        pipelines=tuple(pipeline_stats(pipeline, now_ns) for pipeline in pipelines),
     )
 
 
-def pipeline_stats(pipeline: Pipeline) -> PipelineStats:
+def pipeline_stats(pipeline: Pipeline, now_ns: int) -> PipelineStats:
     return PipelineStats(
         pipeline_id=pipeline.pipeline_id,
         epoch=pipeline.epoch,
@@ -83,6 +86,8 @@ def pipeline_stats(pipeline: Pipeline) -> PipelineStats:
         num_lacking_tokens=pipeline.lacks.num_tokens,
         num_tokens_rebuilt=pipeline.num_tokens_rebuilt,
         mean_timings=_mean_timings(pipeline.recent_timings),
+        unscheduled_ns=pipeline.unscheduled.total_ns(now_ns),
+        max_steps_in_flight=pipeline.max_steps_in_flight,
     )
 
 

@@ -65,8 +65,8 @@ class BlockTable:
 
     def take_updates(self, *, whole: bool) -> tuple[BlockUpdate, ...]:
         """What the stages do not know yet, or everything; they know it from now on."""
-        first = 0 if whole else self._num_sent
-        self._num_sent = self.num_entries
-        if first == self.num_entries:
+        first, num_entries = 0 if whole else self._num_sent, len(self.groups[0])
+        if first == num_entries:
             return ()
+        self._num_sent = num_entries
         return tuple(BlockUpdate(first, tuple(group[first:])) for group in self.groups)

@@ -51,6 +51,8 @@ def worker(options: UpOptions, scheduler_address: str, index: int, port: int) ->
         "--listen": f"127.0.0.1:{port}",
         "--device": options.device,
         "--dtype": options.dtype,
+        "--wire-dtype": options.wire_dtype,
+        "--quantization": options.quantization,
         "--max-kv-memory": options.max_kv_memory_bytes,
         "--num-blocks": options.num_blocks,
         "--block-size": options.block_size_tokens,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +18,9 @@ from stagemesh.cli.status_view import render
 from stagemesh.errors import ConfigError
 from stagemesh.option_values import Kind
 from stagemesh.options import check_options, option, parse_options
+
+# What bars are of: shorter, and the workers' heartbeats would show in them.
+_BARS_OF_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +74,10 @@ async def _watch(options: StatusOptions) -> None:
     async with connection(options.scheduler, "scheduler") as channel:
         first = await get_status(channel)
         with Live(render(first), console=console, auto_refresh=False, screen=True) as live:
+            seen = deque([(time.monotonic(), first)])
             while True:
-                live.update(render(await get_status(channel)), refresh=True)
                 await asyncio.sleep(options.interval_s)
+                seen.append((time.monotonic(), await get_status(channel)))
+                while len(seen) > 2 and seen[1][0] <= seen[-1][0] - _BARS_OF_S:
+                    seen.popleft()
+                live.update(render(seen[-1][1], seen[0][1]), refresh=True)

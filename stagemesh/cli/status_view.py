@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from protos import mesh_pb2, plan_pb2
+from stagemesh.cli.stage_bars import StageBars, stage_times
 from stagemesh.cli.worker_states import is_spare, state_word
 
 _STATE_STYLES = {
@@ -21,10 +22,15 @@ _STATE_STYLES = {
 }
 
 
-def render(status: mesh_pb2.GetStatusResponse) -> RenderableType:
+def render(
+    status: mesh_pb2.GetStatusResponse, before: mesh_pb2.GetStatusResponse | None = None
+) -> RenderableType:
+    """The bars of stages are of the time since `before`."""
     parts: list[RenderableType] = [_mesh(status), _workers(status)]
     parts += [_set_aside(worker) for worker in status.workers if worker.error]
-    parts += [_pipeline(pipeline) for pipeline in status.pipelines]
+    for pipeline in status.pipelines:
+        bars = StageBars(stage_times(pipeline, status, before))
+        parts.append(Group(*_pipeline(pipeline), bars))
     return Group(*_spaced([*parts, _queue(status.queue)]))
 
 
@@ -48,7 +54,7 @@ def _mesh(status: mesh_pb2.GetStatusResponse) -> Text:
 
 
 def _workers(status: mesh_pb2.GetStatusResponse) -> Table:
-    table = _table("worker", "state", "layers")
+    table = _table("worker", "state", "layers", "serves")
     for column in ("device", "address"):  # what a narrow terminal can do without
         table.add_column(column, overflow="ellipsis")
     table.add_column("pid", no_wrap=True)
@@ -60,6 +66,7 @@ def _workers(status: mesh_pb2.GetStatusResponse) -> Table:
             worker.worker_id,
             Text(state, style=_STATE_STYLES.get(state.split()[0], "")),
             f"{worker.span.start}:{worker.span.end}" if worker.span.end else "",
+            " ".join(p.pipeline_id for p in status.pipelines if worker.worker_id in p.worker_ids),
             f"{worker.device} {_dtype(worker.dtype)}".strip(),
             worker.address,
             str(worker.pid),
@@ -83,7 +90,7 @@ def _set_aside(worker: mesh_pb2.WorkerStatus) -> Text:
     return line
 
 
-def _pipeline(pipeline: mesh_pb2.PipelineStatus) -> Group:
+def _pipeline(pipeline: mesh_pb2.PipelineStatus) -> tuple[RenderableType, ...]:
     epoch = pipeline.epoch
     used = pipeline.num_blocks - pipeline.num_free_blocks
     line = Text()
@@ -104,7 +111,7 @@ def _pipeline(pipeline: mesh_pb2.PipelineStatus) -> Group:
     timings = {timing.stage: timing for timing in pipeline.mean_timings}
     for stage, worker_id in enumerate(pipeline.worker_ids):
         table.add_row(str(stage), worker_id or "(nobody)", *_hop(timings.get(stage)))
-    return Group(line, table)
+    return line, table
 
 
 def _mending(pipeline: mesh_pb2.PipelineStatus) -> str:

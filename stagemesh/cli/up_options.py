@@ -29,6 +29,14 @@ class UpOptions:
     dtype: str | None = option(
         None, help="type to compute in", choices=("auto", "float32", "bfloat16", "float16")
     )
+    wire_dtype: str | None = option(
+        None,
+        help="type in which hidden states travel from stage to stage",
+        choices=("auto", "float32", "bfloat16", "int8"),
+    )
+    quantization: str | None = option(
+        None, help="how weights are held: auto, none, int8, int4-g64, … (docs/quantisation.md)"
+    )
     threads_per_stage: int | None = option(
         None, help="threads of each worker [the cores, shared out]", minimum=1, maximum=1024
     )

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
 from support.checkpoints import SIZES, TinyModel, prompts, rope, tiny_model
+from support.rebuilding import Rebuilder
 from support.stages import Chain, Live, Wish
 
 from stage_worker.executor import StageExecutor
@@ -39,64 +39,6 @@ def wishes() -> list[Wish]:
         Wish(prompt, NUM_TOKENS, SEEDED, prompt_logprobs=True)
         for prompt in prompts(5, lengths, SIZES["vocab_size"], 3)
     ]
-
-
-@dataclass
-class Rebuilder:
-    """Plans as the scheduler might: what a stage lacks first, in order, then what is next.
-
-    `lost` are rebuilt one after another, each sequence at its own pace.
-    """
-
-    chain: Chain
-    chunk: int
-    lost: list[int]
-    use_log: bool
-    alive: list[Live]
-    _done: dict[tuple[int, int], int] = field(default_factory=dict)
-    _until: dict[int, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for live in self.alive:
-            live.first = True
-            self._until[live.sequence_id] = live.computed
-
-    def next_row(self, live: Live) -> Row:
-        for stage in self.lost:
-            done = self._done.get((live.sequence_id, stage), 0)
-            if done < self._until[live.sequence_id]:
-                return self._rebuild(live, stage, done)
-        return live.row(len(self.chain.stages), self.chunk)
-
-    def _rebuild(self, live: Live, stage: int, done: int) -> Row:
-        first = self._source(live, stage, done)
-        end = done + 1
-        limit = min(self._until[live.sequence_id], done + self.chunk)
-        while end < limit and self._source(live, stage, end) == first:
-            end += 1
-        self._done[live.sequence_id, stage] = end
-        return live.rebuild_row(done, end, range(first, stage + 1), stage)
-
-    def _source(self, live: Live, stage: int, position: int) -> int:
-        """The stage from which on this position must be computed again."""
-        block = live.blocks[position // self.chain.block_size_tokens]
-        while stage > 0 and not (
-            self.use_log and block < self.chain.stages[stage - 1].log.num_blocks
-        ):
-            stage -= 1
-        return stage
-
-    def step(self, num_rows: int) -> None:
-        """One step of at most `num_rows` rows; who had one goes to the end of the queue."""
-        chosen = self.alive[:num_rows]
-        rows = [self.next_row(live) for live in chosen]
-        for live, row, result in zip(chosen, rows, self.chain.execute(rows), strict=True):
-            if row.first_stage == 0 and row.first_writing_stage == 0 and row.end_stage == 4:
-                live.take(row, result)
-            else:
-                assert (result.sampled, result.prompt_logprobs, result.error) == ((), (), None)
-                live.first = False
-        self.alive = [live for live in (*self.alive[num_rows:], *chosen) if not live.done]
 
 
 Made = tuple[Path, list[tuple[object, ...]]]
@@ -140,8 +82,24 @@ def test_lost_stages_are_rebuilt_bit_by_bit(
     make: Callable[[str], Made], name: str, case: str
 ) -> None:
     model, expected = make(name)
+    _lose_and_rebuild(model, case, "auto", expected)
+
+
+@pytest.mark.parametrize("case", ["middle, from its log", ALL_WAYS])
+def test_what_is_rounded_on_the_wire_is_rounded_alike_when_it_is_rebuilt(
+    make: Callable[[str], Made], case: str
+) -> None:
+    model, exact = make("llama")
+    expected = [_facts(live) for live in _chain(model, None, "int8").run(wishes())]
+    assert expected != exact
+    _lose_and_rebuild(model, case, "int8", expected)
+
+
+def _lose_and_rebuild(
+    model: Path, case: str, wire_dtype: str, expected: list[tuple[object, ...]]
+) -> None:
     lost, num_logged = CASES[case]
-    chain = _chain(model, num_logged)
+    chain = _chain(model, num_logged, wire_dtype)
     lives = [chain.start(wish) for wish in wishes()]
     before = Rebuilder(chain, chunk=9, lost=[], use_log=True, alive=list(lives))
     for _ in range(9):
@@ -161,7 +119,7 @@ def test_lost_stages_are_rebuilt_bit_by_bit(
             assert all(torch.equal(one, other) for one, other in pages)
 
 
-def _chain(model: Path, num_logged: int | None) -> Chain:
+def _chain(model: Path, num_logged: int | None, wire_dtype: str = "auto") -> Chain:
     """Blocks are handed out in no order, so that a log for some of them has holes everywhere."""
     block_bytes = ModelSpec.from_directory(model).hidden_size * BLOCK_SIZE * 4
     num_bytes = None if num_logged is None else num_logged * block_bytes
@@ -172,6 +130,7 @@ def _chain(model: Path, num_logged: int | None) -> Chain:
         block_size_tokens=BLOCK_SIZE,
         num_blocks=32,
         max_log_memory_bytes=num_bytes,
+        wire_dtype=wire_dtype,
     )
     expected = 32 if num_logged is None else num_logged
     assert [stage.log.num_blocks for stage in chain.stages] == [expected] * 3 + [0]

@@ -68,6 +68,7 @@ def test_the_wheel_holds_the_packages_and_the_demo_model(wheel: Path) -> None:
 def test_the_command_runs(installed: Path) -> None:
     assert run(installed, "stagemesh", "--version").startswith("stagemesh ")
     assert "generate" in run(installed, "stagemesh", "--help")
+    assert "--concurrency" in run(installed, "stagemesh", "bench", "--help")
 
 
 def test_modules_come_from_the_wheel(installed: Path) -> None:

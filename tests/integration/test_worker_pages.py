@@ -179,8 +179,10 @@ async def test_a_source_that_ends_in_the_middle() -> None:
 
 
 @contextlib.asynccontextmanager
-async def begun_last(scheduler: LinkScheduler, link: WorkerLink) -> AsyncIterator[None]:
-    link.join(Epoch(1, 1), 1, 2, scheduler.address)
+async def begun_last(
+    scheduler: LinkScheduler, link: WorkerLink, num_blocks: int = 32
+) -> AsyncIterator[None]:
+    link.join(Epoch(1, 1), 1, 2, scheduler.address, num_blocks=num_blocks)
     await link.expect("epoch_joined")
     yield
 
@@ -200,7 +202,7 @@ async def test_a_source_that_is_killed_in_the_middle() -> None:
         for link in links:
             await link.load(3, NUM_LAYERS)
         old, spare = links
-        async with begun_last(scheduler, old):
+        async with begun_last(scheduler, old, num_blocks=400):
             spare.join(
                 *(Epoch(1, 2), 1, 2, scheduler.address),
                 pages_from=old.address,

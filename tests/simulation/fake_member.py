@@ -14,6 +14,7 @@ from simulation.fake_pages import PageFetch
 from simulation.fake_stage import FakeStage, Payload
 from simulation.mesh_messages import Frame, Hello
 from simulation.process import End
+from simulation.stage_memory import MemoryPart
 
 from scheduler.messages import JoinEpoch
 from stagemesh.errors import InternalError, PeerLost, StageMeshError, StepOutOfOrder
@@ -55,12 +56,12 @@ class Member:
         self._on_device(self._worker.shape.compute_ns, self._join)
 
     def _join(self) -> None:
-        place = self.place
+        place, memory = self.place, self.stage.memory
         self.stage.join(
             place.epoch,
+            MemoryPart(memory, place.num_blocks, place.num_log_blocks, from_end=place.from_end),
             stage=place.stage,
             num_stages=place.num_stages,
-            num_blocks=place.num_blocks,
             keep_kv=place.keep_kv,
         )
         self._go_on()

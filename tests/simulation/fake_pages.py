@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from simulation.clock import S
 from simulation.mesh_messages import PagesRequest, PagesSent
 from simulation.process import End
-from simulation.stage_memory import StageMemory
 
 if TYPE_CHECKING:
     from simulation.fake_member import Member
@@ -32,16 +31,7 @@ def give_pages(worker: FakeWorker, end: End, request: PagesRequest) -> None:
         if not worker.keeps_still(request, stage):
             end.close()
             return
-        old = stage.memory
-        copy = StageMemory(
-            old.layers,
-            num_blocks=old.num_blocks,
-            num_log_blocks=old.num_log_blocks,
-            block_size=old.block_size,
-            salt=0,
-        )
-        copy.fetch(old, request.block_ids)
-        end.send(PagesSent(copy))
+        end.send(PagesSent(stage.part.copy(request.block_ids)))
 
     worker.on_device(worker.shape.compute_ns, read)
 
@@ -64,13 +54,13 @@ class PageFetch:
         self._end.send(PagesRequest(place.pipeline_id, place.epoch, span, place.page_block_ids))
         worker.after(_SILENCE_NS, self._give_up)
 
-    def _came(self, pages: PagesSent) -> None:
-        self._worker.on_device(self._worker.shape.compute_ns, lambda: self._write(pages))
+    def _came(self, sent: PagesSent) -> None:
+        self._worker.on_device(self._worker.shape.compute_ns, lambda: self._write(sent))
 
-    def _write(self, pages: PagesSent) -> None:
+    def _write(self, sent: PagesSent) -> None:
         if not self._is_over and not self._member.ended:
             block_ids = self._member.place.page_block_ids
-            self._finish(self._member.stage.memory.fetch(pages.memory, block_ids))
+            self._finish(self._member.stage.part.take(sent.pages, block_ids))
 
     def _give_up(self) -> None:
         self._finish(False)

@@ -12,10 +12,10 @@ from simulation.fake_stage import FakeStage, Payload
 from simulation.oracle import Violation
 from simulation.pretend_model import NUM_LAYERS, mix
 from simulation.scenario import Break, PipelineShape, draw_break
-from simulation.stage_memory import StageMemory
+from simulation.stage_memory import MemoryPart, StageMemory
 
 from scheduler.core import PipelineFacts
-from stagemesh.plan import Epoch, Step, StepResult
+from stagemesh.plan import Epoch, HopTiming, Step, StepResult
 
 if TYPE_CHECKING:
     from simulation.world import World
@@ -124,7 +124,8 @@ class FakePipeline:
         for stage in broken.moved:
             old, new = self._stages[stage], self._make_stage(stage, broken.num_blocks)
             block_ids = [block_id for block_id in in_use if block_id < new.memory.num_blocks]
-            if not new.memory.fetch(old.memory, block_ids):
+            moved = MemoryPart.whole(old.memory).copy(block_ids)
+            if not MemoryPart.whole(new.memory).take(moved, block_ids):
                 self._lost.add(stage)
             self._stages[stage] = new
             self.num_moves += 1
@@ -147,13 +148,9 @@ class FakePipeline:
         self._ready_ns = [0] * self.shape.num_stages
         facts = self.facts
         for number, stage in enumerate(self._stages):
-            stage.join(
-                self._epoch,
-                stage=number,
-                num_stages=facts.num_stages,
-                num_blocks=facts.num_blocks,
-                keep_kv=True,
-            )
+            num_log_blocks = stage.memory.num_log_blocks
+            part = MemoryPart(stage.memory, facts.num_blocks, num_log_blocks, from_end=False)
+            stage.join(self._epoch, part, stage=number, num_stages=facts.num_stages, keep_kv=True)
 
     def _make_stage(self, stage: int, num_blocks: int = 0) -> FakeStage:
         shape = self.shape
@@ -199,7 +196,16 @@ class FakePipeline:
         if stage + 1 < self.shape.num_stages:
             self._push(step, stage + 1, sent)
         else:
-            self._answer(StepResult(step.pipeline_id, step.epoch, step.step, rows))
+            timings = self._told_timings(step)
+            self._answer(StepResult(step.pipeline_id, step.epoch, step.step, rows, timings))
+
+    def _told_timings(self, step: Step) -> tuple[HopTiming, ...]:
+        """Costs of a kind that no device has: a plan may be bad for them, but never wrong."""
+        factor = 1 + (step.num_tokens * 7 + step.step) % 5
+        return tuple(
+            HopTiming(stage, compute_ns=factor * latency_ns)
+            for stage, latency_ns in enumerate(self.shape.latencies_ns)
+        )
 
     def _answer(self, result: StepResult) -> None:
         world, clock, random = self._world, self._world.clock, self.random

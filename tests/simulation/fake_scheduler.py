@@ -13,6 +13,7 @@ from simulation.clock import S
 from simulation.fake_links import FakeLinks
 from simulation.mesh_messages import Abort, Refused, Submit, Welcome, Word
 from simulation.process import End, Process
+from simulation.sharing_seen import SharingSeen
 
 from scheduler.core import EndReason, Finished, RequestKey, SchedulerCore, Tokens
 from scheduler.membership import Membership
@@ -53,6 +54,7 @@ class FakeScheduler(Process):
         self.membership = Membership(world.scenario.membership, term)
         self.watch = StepWatch(_LEASE_NS, _CANARY_NS)
         self.links = FakeLinks(self)
+        self._seen = SharingSeen(self.membership, self.core, world.met)
         self._numbers = count(1)
         self._workers: dict[int, End] = {}
         self._gateways: dict[int, End] = {}
@@ -180,8 +182,11 @@ class FakeScheduler(Process):
             self.membership.epochs.step_overdue(overdue, now_ns)
         if self.membership.tick(now_ns):
             self.wake()  # one thing leads to another
+            self._seen.after_tick()
         for effect in self.membership.take_effects():
+            self._seen.before(effect)
             self._apply(effect, now_ns)
+            self._seen.after(effect)
         for pipeline_id in self.watch.idle(now_ns):
             self.core.probe(pipeline_id, now_ns)
         for step in self.core.schedule(now_ns):

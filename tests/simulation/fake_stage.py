@@ -18,7 +18,7 @@ from simulation.pretend_model import (
     rope_length,
     sample,
 )
-from simulation.stage_memory import StageMemory, Value
+from simulation.stage_memory import MemoryPart, StageMemory, Value
 
 from stagemesh.plan import (
     NOT_FINITE,
@@ -54,12 +54,13 @@ class FakeStage:
 
     def __init__(self, memory: StageMemory, dynamic_rope: int, poison: Mapping[int, int]) -> None:
         self.memory = memory
+        self.part = MemoryPart.whole(memory)
         self.num_tokens_executed = 0
         self._dynamic_rope = dynamic_rope
         self._poison = poison
         self._held: dict[int, _Held] = {}
         self._epoch: Epoch | None = None
-        self._stage = self._num_stages = self._num_blocks = 0
+        self._stage = self._num_stages = 0
         self._next_step = 0
 
     @property
@@ -67,15 +68,16 @@ class FakeStage:
         return len(self._held)
 
     def join(
-        self, epoch: Epoch, *, stage: int, num_stages: int, num_blocks: int, keep_kv: bool
+        self, epoch: Epoch, part: MemoryPart, *, stage: int, num_stages: int, keep_kv: bool
     ) -> None:
-        if num_blocks > self.memory.num_blocks:
-            raise BrokenPlan(f"{num_blocks} blocks where {self.memory.num_blocks} fit")
+        if part.num_blocks > self.memory.num_blocks:
+            raise BrokenPlan(f"{part.num_blocks} blocks where {self.memory.num_blocks} fit")
+        self.part = part
         if not keep_kv:
-            self.memory.forget()
+            part.spoil()
             self._held.clear()
         self._epoch, self._next_step = epoch, 0
-        self._stage, self._num_stages, self._num_blocks = stage, num_stages, num_blocks
+        self._stage, self._num_stages = stage, num_stages
 
     def execute(self, step: Step, payload: Payload) -> tuple[Payload, tuple[RowResult, ...]]:
         """Hidden states in; hidden states or, on the last stage, results out."""
@@ -109,8 +111,8 @@ class FakeStage:
                 continue
             size = self.memory.block_size
             for position in range(row.start, row.start + row.num_tokens):
-                slot = (held.table[position // size], position % size)
-                self.memory.settled[slot] = (row.sequence_id, row.run, position)
+                slot = self.part.slot(held.table[position // size], position % size)
+                self.part.settled[slot] = (row.sequence_id, row.run, position)
 
     # ---- rows ----------------------------------------------------------------------------------
 
@@ -161,20 +163,19 @@ class FakeStage:
         return states
 
     def _layer(self, layer: int, held: _Held, row: Row, states: list[Value]) -> list[Value]:
-        memory = self.memory
-        size, pages, end = memory.block_size, memory.pages[layer], row.start + row.num_tokens
+        part, size, end = self.part, self.memory.block_size, row.start + row.num_tokens
         if self._writes(row):
             for position, hidden in enumerate(states, row.start):
                 value = key_value(layer, hidden, position)
-                pages[held.table[position // size]][position % size] = value
-        cache = memory.read(pages, held.table, 0, end)
+                part.write(layer, held.table[position // size], position % size, value)
+        cache = part.read(layer, held.table, 0, end)
         return [attend(layer, h, cache[: p + 1]) for p, h in enumerate(states, row.start)]
 
     def _check_unsettled(self, row: Row, held: _Held) -> None:
-        size, settled = self.memory.block_size, self.memory.settled
+        part, size = self.part, self.memory.block_size
         for position in range(row.start, row.start + row.num_tokens):
-            writer = settled.pop((held.table[position // size], position % size), None)
-            if writer == (row.sequence_id, row.run, position):
+            slot = part.slot(held.table[position // size], position % size)
+            if part.settled.pop(slot, None) == (row.sequence_id, row.run, position):
                 raise BrokenPlan(f"{_name(row)}: KV of {position} is written again, it was valid")
 
     # ---- the log -------------------------------------------------------------------------------
@@ -184,20 +185,15 @@ class FakeStage:
             return
         size = self.memory.block_size
         for position, hidden in enumerate(states, row.start):
-            block_id = held.table[position // size]
-            if block_id < self.memory.num_log_blocks:
-                self.memory.log[block_id][position % size] = hidden
+            self.part.write_log(held.table[position // size], position % size, hidden)
 
     def _logged(self, row: Row, held: _Held) -> list[Value]:
         end, size = row.start + row.num_tokens, self.memory.block_size
-        beyond = [
-            block_id
-            for block_id in held.table[row.start // size : -(-end // size)]
-            if block_id >= self.memory.num_log_blocks
-        ]
+        touched = held.table[row.start // size : -(-end // size)]
+        beyond = [block_id for block_id in touched if block_id >= self.part.num_log_blocks]
         if beyond:
             raise BrokenPlan(f"{_name(row)}: blocks {beyond} are not in the log")
-        return self.memory.read(self.memory.log, held.table, row.start, end)
+        return self.part.read_log(held.table, row.start, end)
 
     # ---- what is held of sequences -------------------------------------------------------------
 
@@ -229,7 +225,7 @@ class FakeStage:
         for update in row.block_updates:
             if update.first_index > len(held.table):
                 raise BrokenPlan(f"{_name(row)}: a gap in the block table")
-            if not all(0 <= block_id < self._num_blocks for block_id in update.block_ids):
+            if not all(0 <= block_id < self.part.num_blocks for block_id in update.block_ids):
                 raise BrokenPlan(f"{_name(row)}: blocks that are not the pipeline's")
             held.table[update.first_index :] = update.block_ids
 

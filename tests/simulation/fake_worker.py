@@ -13,6 +13,7 @@ from simulation.fake_control import ControlStream
 from simulation.fake_member import Member
 from simulation.fake_pages import give_pages
 from simulation.fake_stage import FakeStage
+from simulation.fake_tenants import Tenants
 from simulation.mesh_messages import Hello, PagesRequest, Refused, Welcome, Word
 from simulation.mesh_scenario import WorkerShape
 from simulation.process import End, Process
@@ -49,16 +50,14 @@ class FakeWorker(Process):
         self.incarnation = incarnation
         self.slow = 1
         self.num_faults = self.num_queued = 0
-        self.stage: FakeStage | None = None
+        self.tenants: Tenants | None = None
         self.loaded: LoadedSpan | None = None
         self._loading: Span | None = None
         self._control = ControlStream(self)
         self._term = 0
         self._latest: dict[str, Epoch] = {}
-        self._member: Member | None = None
         self._early: list[tuple[End, Hello]] = []
         self._device_ready_ns = 0
-        self._kv_of: str | None = None  # the pipeline whose pages these are
         self._salt = self.random.getrandbits(40)
 
     @property
@@ -71,8 +70,13 @@ class FakeWorker(Process):
         return WorkerStats(steps_queued=self.num_queued, available_memory_bytes=_AMPLE_BYTES)
 
     @property
-    def member(self) -> Member | None:
-        return self._member
+    def num_tokens_executed(self) -> int:
+        stages = self.tenants.stages.values() if self.tenants else ()
+        return sum(stage.num_tokens_executed for stage in stages)
+
+    @property
+    def members(self) -> list[Member]:
+        return self.tenants.members if self.tenants else []
 
     # ---- the control stream --------------------------------------------------------------------
 
@@ -136,7 +140,7 @@ class FakeWorker(Process):
             return
         self._loading = span
         self.leave()
-        self.loaded, self.stage, self._kv_of = None, None, None
+        self.loaded = self.tenants = None
         self.after(self.shape.load_ns, lambda: self._has_loaded(span))
 
     def _has_loaded(self, span: Span) -> None:
@@ -155,7 +159,7 @@ class FakeWorker(Process):
             block_size=self.world.scenario.block_size,
             salt=self._salt,
         )
-        self.stage = FakeStage(memory, self.world.scenario.dynamic_rope, {})
+        self.tenants = Tenants(memory, self.world.scenario.dynamic_rope)
         loaded = LoadedSpan(
             span,
             shape.num_blocks,
@@ -168,14 +172,10 @@ class FakeWorker(Process):
     # ---- epochs --------------------------------------------------------------------------------
 
     def leave(self, pipeline_id: str | None = None, epoch: Epoch | None = None) -> None:
-        """Ends the current epoch, if it is the one named or none is."""
-        member = self._member
-        if member is None:
-            return
-        place = member.place
-        if epoch is None or (place.pipeline_id, place.epoch) == (pipeline_id, epoch):
-            member.end()
-            self._member = None
+        """Ends all epochs, or those of a pipeline, or one."""
+        if self.members:
+            assert self.tenants is not None
+            self.tenants.leave(pipeline_id, epoch)
             self.look_at_early_hellos()
 
     def report_broken(self, place: JoinEpoch, error: StageMeshError, peer_address: str) -> None:
@@ -206,8 +206,8 @@ class FakeWorker(Process):
             self.after(_WATCHDOG_NS, self._end_hard)
 
     def _end_hard(self) -> None:
-        if self._member is not None:
-            self._member.fail(StepTimeout("the device hangs"))
+        for member in self.members:
+            member.fail(StepTimeout("the device hangs"))
         self.exits()
 
     def _follow_term(self, term: int) -> None:
@@ -220,22 +220,20 @@ class FakeWorker(Process):
         if place.epoch <= latest or place.epoch.term < self._term:
             self.report_broken(place, StaleEpoch(f"{place.epoch} is not newer than {latest}"), "")
             return
-        if self.stage is None:
+        tenants = self.tenants
+        if tenants is None:
             self.report_broken(place, ProtocolError("no layers are loaded here"), "")
             return
-        if place.keep_kv and not self.has_kv_of(place.pipeline_id):
+        if place.keep_kv and not tenants.has_kv_of(place.pipeline_id, from_end=place.from_end):
             error = ProtocolError(f"no KV of {place.pipeline_id} is held here")
             self.report_broken(place, error, "")
             return
-        self._kv_of = place.pipeline_id
-        self.leave()
         self._follow_term(place.epoch.term)
         self._latest[place.pipeline_id] = place.epoch
-        self._member = Member(self, place, self.stage)
-        self._member.begin()
-
-    def has_kv_of(self, pipeline_id: str) -> bool:
-        return self._kv_of == pipeline_id
+        member = Member(self, place, tenants.make_way(place))
+        tenants.let_in(member)
+        self.look_at_early_hellos()
+        member.begin()
 
     # ---- streams of other stages ---------------------------------------------------------------
 
@@ -260,8 +258,9 @@ class FakeWorker(Process):
         """Streams of epochs that this worker may hear of yet wait."""
         waiting, self._early = self._early, []
         for end, hello in waiting:
-            member = self._member
-            if member is not None and (hello.pipeline_id, hello.epoch) == member.key:
+            tenants = self.tenants
+            member = tenants.member(hello.pipeline_id, hello.epoch) if tenants else None
+            if member is not None:
                 if member.ended or member.has_incoming:
                     end.close()
                 elif member.is_accepting:
@@ -280,15 +279,13 @@ class FakeWorker(Process):
         they are the pipeline's and whoever asks is not too late."""
         latest = self._latest.get(request.pipeline_id, Epoch(0, 0))
         is_late = request.epoch.term < self._term or request.epoch < latest
-        if is_late or not self.has_kv_of(request.pipeline_id):
-            return None
-        is_current = self._member is not None and self._member.place.epoch == request.epoch
-        if is_current or self.loaded is None or self.loaded.span != request.span:
-            return None
-        self.leave()
-        self._latest[request.pipeline_id] = request.epoch
-        return self.stage
+        is_other = self.loaded is None or self.loaded.span != request.span
+        stage = None if is_late or is_other or not self.tenants else self.tenants.give_up(request)
+        if stage is not None:
+            self._latest[request.pipeline_id] = request.epoch
+            self.look_at_early_hellos()
+        return stage
 
     def keeps_still(self, request: PagesRequest, stage: FakeStage) -> bool:
         is_latest = self._latest.get(request.pipeline_id) == request.epoch
-        return is_latest and self._member is None and self.stage is stage
+        return is_latest and self.tenants is not None and self.tenants.keeps_still(stage)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from simulation.fake_stage import Payload
-from simulation.stage_memory import StageMemory
+from simulation.stage_memory import MovedPages
 
 from scheduler.core import Request, RequestKey
 from scheduler.membership import Membership
@@ -52,7 +52,7 @@ class PagesRequest:
 
 @dataclass(frozen=True, slots=True)
 class PagesSent:
-    memory: StageMemory
+    pages: MovedPages
 
 
 @dataclass(frozen=True, slots=True)

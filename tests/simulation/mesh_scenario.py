@@ -78,12 +78,16 @@ def gateway_name(number: int) -> str:
     return f"gateway{number}"
 
 
-def draw_mesh(random: Random) -> MeshScenario:
+def draw_mesh(random: Random, num_replicas: int = 0) -> MeshScenario:
+    """With a number of replicas: so many, of two stages at least, and no spare."""
     block_size = random.choice((2, 3, 4, 8))
     max_model_len = random.randint(16, 64)
     num_stages = random.choice((1, 2, 2, 3, 3, 4))
-    num_replicas = random.choice((1, 1, 1, 2))
-    num_workers = num_stages * num_replicas + random.choice((0, 1, 1, 2))
+    num_spares = random.choice((0, 0, 1, 1, 2))
+    if num_replicas:
+        num_stages, num_spares = max(2, num_stages), 0
+    num_replicas = num_replicas or random.choice((1, 1, 2, 2))
+    num_workers = num_stages * num_replicas + num_spares
     membership = MembershipLimits(
         num_stages=num_stages if random.random() < 0.85 else 0,
         num_replicas=num_replicas,
@@ -128,7 +132,7 @@ def _workers(
 
 def _worker(random: Random, name: str, min_blocks: int) -> WorkerShape:
     """Each holds the longest request; a log may be shorter."""
-    num_blocks = min_blocks * random.choice((1, 2, 3, 4)) + random.randrange(3)
+    num_blocks = min_blocks * random.choice((1, 2, 3, 4, 6)) + random.randrange(3)
     return WorkerShape(
         name,
         num_blocks,

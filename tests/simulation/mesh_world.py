@@ -142,8 +142,8 @@ class MeshWorld:
         if not any(pipeline.is_serving for pipeline in self.scheduler.membership.pipelines):
             return "nothing serves"
         for worker in self.workers.values():
-            is_member = worker.is_alive and worker.member is not None and not worker.member.ended
-            if is_member and worker.stage is not None and worker.stage.num_held:
+            members = worker.members if worker.is_alive else []
+            if any(member.stage.num_held for member in members):
                 return f"{worker.name} holds sequences"
         return None
 
@@ -214,10 +214,10 @@ class MeshWorld:
                 self._drain(worker, stay=fault.kind == "move")
             case "sigterm":
                 worker.drain()
-            case "silence" if worker.member is not None:
-                worker.member.goes_silent()
-            case "data" if worker.member is not None:
-                worker.member.breaks()
+            case "silence" if worker.members:
+                worker.random.choice(worker.members).goes_silent()
+            case "data" if worker.members:
+                worker.random.choice(worker.members).breaks()
 
     def _drain(self, worker: FakeWorker, *, stay: bool) -> None:
         scheduler = self.scheduler

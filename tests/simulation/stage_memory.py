@@ -1,12 +1,13 @@
-"""What a pretend stage keeps: KV pages and the log of what it sent, both by block id.
+"""What a pretend worker keeps: KV pages and the log of what it sent, and whose part is whose.
 
 All of it begins as rubbish, and is rubbish again after a loss: who reads a page that was never
-written, or never rebuilt, computes wrong tokens.
+written, or never rebuilt, or is another pipeline's, computes wrong tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from simulation.pretend_model import mix
 
@@ -15,12 +16,12 @@ Value = int | None
 Pages = list[list[Value]]
 # Who wrote a slot, and which position: sequence, run, position.
 Writer = tuple[int, int, int]
+Slot = tuple[int, int]
 
 
 class StageMemory:
-    """`num_blocks` is what fits, which may be more than a pipeline uses. `settled`: slots whose
-    writing was acknowledged, by (block, offset); nobody has reason to write the same there again.
-    """
+    """One store for all pipelines. `settled`: slots whose writing was acknowledged, by (block,
+    offset); nobody has reason to write the same there again."""
 
     def __init__(
         self, layers: range, *, num_blocks: int, num_log_blocks: int, block_size: int, salt: int
@@ -30,40 +31,109 @@ class StageMemory:
         self.num_log_blocks = num_log_blocks
         self.block_size = block_size
         self._salt = salt
-        self.forget()
+        self.pages: dict[int, Pages] = {layer: [[]] * num_blocks for layer in layers}
+        self.log: Pages = [[]] * num_log_blocks
+        self.settled: dict[Slot, Writer] = {}
+        self.spoil(range(num_blocks), range(num_log_blocks))
 
-    def forget(self) -> None:
+    def spoil(self, blocks: Iterable[int], log_blocks: Iterable[int]) -> None:
+        """Nothing of what is there is worth anything."""
         self._salt = mix(17, self._salt)
-        self.pages: dict[int, Pages] = {
-            layer: self._rubbish(layer, self.num_blocks) for layer in self.layers
-        }
-        self.log: Pages = self._rubbish(-1, self.num_log_blocks)
-        self.settled: dict[tuple[int, int], Writer] = {}
+        for block in blocks:
+            for layer in self.layers:
+                self.pages[layer][block] = self._rubbish(layer, block)
+            for offset in range(self.block_size):
+                self.settled.pop((block, offset), None)
+        for block in log_blocks:
+            self.log[block] = self._rubbish(-1, block)
 
-    def read(self, pages: Pages, table: list[int], start: int, end: int) -> list[Value]:
+    def _rubbish(self, layer: int, block: int) -> list[Value]:
+        base = mix(16, self._salt, layer + 2)
+        return [base ^ (block * self.block_size + i) for i in range(self.block_size)]
+
+
+@dataclass(frozen=True, slots=True)
+class MovedPages:
+    """Copies, by the pipeline's block ids."""
+
+    kv: dict[int, dict[int, list[Value]]]
+    log: dict[int, list[Value]]
+    settled: dict[Slot, Writer]
+
+
+class MemoryPart:
+    """A pipeline's blocks [0, num_blocks) in a store, from its start or from its end; those below
+    `num_log_blocks` are logged, from the same end of the log."""
+
+    def __init__(
+        self, memory: StageMemory, num_blocks: int, num_log_blocks: int, *, from_end: bool
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.num_log_blocks = num_log_blocks
+        self.settled = memory.settled
+        self._memory = memory
+        # Block i is block first + step * i of the store.
+        self._step = -1 if from_end else 1
+        self._first = memory.num_blocks - 1 if from_end else 0
+        self._first_log = memory.num_log_blocks - 1 if from_end else 0
+
+    @classmethod
+    def whole(cls, memory: StageMemory) -> MemoryPart:
+        return cls(memory, memory.num_blocks, memory.num_log_blocks, from_end=False)
+
+    def slot(self, block_id: int, offset: int) -> Slot:
+        """In the store."""
+        return self._first + self._step * block_id, offset
+
+    def write(self, layer: int, block_id: int, offset: int, value: Value) -> None:
+        self._memory.pages[layer][self._first + self._step * block_id][offset] = value
+
+    def read(self, layer: int, table: list[int], start: int, end: int) -> list[Value]:
         """Positions [start, end) of a sequence with this block table."""
-        size = self.block_size
+        return self._read(self._memory.pages[layer], self._first, table, start, end)
+
+    def write_log(self, block_id: int, offset: int, value: Value) -> None:
+        if block_id < self.num_log_blocks:
+            self._memory.log[self._first_log + self._step * block_id][offset] = value
+
+    def read_log(self, table: list[int], start: int, end: int) -> list[Value]:
+        return self._read(self._memory.log, self._first_log, table, start, end)
+
+    def spoil(self) -> None:
+        step = self._step
+        self._memory.spoil(
+            (self._first + step * block_id for block_id in range(self.num_blocks)),
+            (self._first_log + step * block_id for block_id in range(self.num_log_blocks)),
+        )
+
+    def copy(self, block_ids: Iterable[int]) -> MovedPages:
+        """As many of these blocks as there are."""
+        size, pages = self._memory.block_size, self._memory.pages
+        here = [block_id for block_id in block_ids if block_id < self.num_blocks]
+        slots = {(b, offset): self.slot(b, offset) for b in here for offset in range(size)}
+        return MovedPages(
+            {b: {layer: list(pages[layer][self.slot(b, 0)[0]]) for layer in pages} for b in here},
+            {b: self.read_log([b], 0, size) for b in here if b < self.num_log_blocks},
+            {slot: self.settled[at] for slot, at in slots.items() if at in self.settled},
+        )
+
+    def take(self, moved: MovedPages, block_ids: Iterable[int]) -> bool:
+        """Whether all of these blocks came, with their log where one is kept of them here."""
+        for block_id, by_layer in moved.kv.items():
+            for layer, values in by_layer.items():
+                self._memory.pages[layer][self.slot(block_id, 0)[0]] = list(values)
+        for block_id, values in moved.log.items():
+            for offset, value in enumerate(values):
+                self.write_log(block_id, offset, value)
+        self.settled.update({self.slot(*slot): who for slot, who in moved.settled.items()})
+        wanted = set(block_ids)
+        logged = {block_id for block_id in wanted if block_id < self.num_log_blocks}
+        return wanted <= moved.kv.keys() and logged <= moved.log.keys()
+
+    def _read(self, pages: Pages, base: int, table: list[int], start: int, end: int) -> list[Value]:
+        size, step = self._memory.block_size, self._step
         first = start // size
         values: list[Value] = []
         for block_id in table[first : -(-end // size)]:
-            values += pages[block_id]
+            values += pages[base + step * block_id]
         return values[start - first * size : end - first * size]
-
-    def fetch(self, source: StageMemory, block_ids: Iterable[int]) -> bool:
-        """Takes these blocks over from another worker's memory. Returns whether all of them were
-        there, and in its log where this one keeps a log of them."""
-        wanted = set(block_ids)
-        fetched = {block_id for block_id in wanted if block_id < source.num_blocks}
-        for block_id in fetched:
-            for layer in self.layers:
-                self.pages[layer][block_id] = list(source.pages[layer][block_id])
-            if block_id < min(self.num_log_blocks, source.num_log_blocks):
-                self.log[block_id] = list(source.log[block_id])
-        self.settled |= {slot: who for slot, who in source.settled.items() if slot[0] in fetched}
-        lacking = {b for b in wanted if source.num_log_blocks <= b < self.num_log_blocks}
-        return fetched == wanted and not lacking
-
-    def _rubbish(self, layer: int, num_blocks: int) -> Pages:
-        size = self.block_size
-        base = mix(16, self._salt, layer + 2)
-        return [[base ^ (block * size + i) for i in range(size)] for block in range(num_blocks)]

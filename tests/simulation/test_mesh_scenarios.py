@@ -2,44 +2,10 @@
 
 from __future__ import annotations
 
-from simulation.arrivals import Arrival
 from simulation.clock import MS, S
-from simulation.examples import arrival
-from simulation.mesh_scenario import SCHEDULER, Fault, Kind, MeshScenario, WorkerShape
+from simulation.mesh_scenario import SCHEDULER, Kind, MeshScenario
 from simulation.mesh_world import MeshWorld
-
-from scheduler.core import SchedulerLimits
-from scheduler.limits import MembershipLimits
-
-# All three stages serve by then, and the streams below go on for seconds.
-STRUCK_NS = 3 * S
-
-
-def mesh(
-    *faults: Fault, num_spares: int = 0, log_blocks: int = 64, max_tokens: int = 40
-) -> MeshScenario:
-    """Three stages and four streams."""
-    streams: tuple[Arrival, ...] = tuple(
-        arrival(number, num_prompt=20, max_tokens=max_tokens, at_ns=2 * S + number * MS)
-        for number in range(4)
-    )
-    return MeshScenario(
-        limits=SchedulerLimits(),
-        membership=MembershipLimits(num_stages=3, num_replicas=1, settle_ns=S),
-        workers=tuple(
-            WorkerShape(
-                f"w{number}",
-                64,
-                log_blocks,
-                load_ns=200 * MS,
-                compute_ns=20 * MS,
-                start_ns=number * 20 * MS,
-            )
-            for number in range(3 + num_spares)
-        ),
-        arrivals=streams,
-        faults=faults,
-    )
+from simulation.three_stages import STRUCK_NS, mesh, pages_do_not_come, struck
 
 
 def run(scenario: MeshScenario) -> MeshWorld:
@@ -50,16 +16,9 @@ def run(scenario: MeshScenario) -> MeshWorld:
     return world
 
 
-def struck(kind: Kind, who: str, at_ns: int = STRUCK_NS, for_ns: int = 0) -> Fault:
-    return Fault(at_ns, kind, who, for_ns)
-
-
 def tokens_executed(world: MeshWorld) -> dict[str, int]:
-    return {
-        name: worker.stage.num_tokens_executed
-        for name, worker in world.workers.items()
-        if worker.stage is not None
-    }
+    workers = world.workers.items()
+    return {name: worker.num_tokens_executed for name, worker in workers if worker.tenants}
 
 
 def test_a_calm_mesh_serves_with_one_epoch() -> None:
@@ -112,6 +71,12 @@ def test_a_drain_moves_pages_and_computes_nothing_anew() -> None:
     assert world.met["drained with pages"] == 1
     assert world.met["resumed with a loss"] == 0
     assert world.met["resumed whole"] == 1
+
+
+def test_pages_that_do_not_come_are_computed_anew() -> None:
+    world = run(pages_do_not_come())
+    assert world.met["resumed with a loss"] == 1
+    assert world.met["drained with pages"] == 0
 
 
 def test_a_rolling_restart_of_all_loses_nothing() -> None:

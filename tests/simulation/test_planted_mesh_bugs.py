@@ -9,9 +9,10 @@ from simulation.fake_gateway import FakeGateway, Held
 from simulation.fake_member import Member
 from simulation.fake_scheduler import FakeScheduler
 from simulation.fake_stage import BrokenPlan
-from simulation.fake_worker import FakeWorker
+from simulation.fake_tenants import Tenants
 from simulation.oracle import Violation
-from simulation.planting import caught_in_mesh
+from simulation.planting import caught_in, caught_in_mesh
+from simulation.three_stages import pages_do_not_come
 
 from scheduler.core import Request, SchedulerCore
 from scheduler.holders import KvHolders
@@ -26,7 +27,7 @@ def is_wrong_token(error: Exception) -> bool:
 
 def workers_believe_what_they_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """That they have KV: else they object, and the mesh mends itself in spite of the bug."""
-    monkeypatch.setattr(FakeWorker, "has_kv_of", lambda self, pipeline_id: True)
+    monkeypatch.setattr(Tenants, "has_kv_of", lambda self, pipeline_id, from_end: True)
 
 
 def test_a_join_that_keeps_the_kv_of_another_incarnation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +57,7 @@ def test_pages_that_are_taken_for_complete_though_the_move_failed(
         joined(self, worker, has_pages=has_pages or is_moved)
 
     monkeypatch.setattr(MeshPipeline, "worker_joined", joined_with_pages)
-    assert is_wrong_token(caught_in_mesh())
+    assert is_wrong_token(caught_in(pages_do_not_come()))
 
 
 def test_a_worker_that_says_too_early_that_all_pages_came(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +67,7 @@ def test_a_worker_that_says_too_early_that_all_pages_came(monkeypatch: pytest.Mo
         say_joined(self, bool(self.place.pages_from))
 
     monkeypatch.setattr(Member, "_say_joined", say_yes)
-    assert is_wrong_token(caught_in_mesh())
+    assert is_wrong_token(caught_in(pages_do_not_come()))
 
 
 def test_a_core_that_is_not_told_of_an_epoch_s_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,8 +50,8 @@ def test_a_position_that_a_rebuild_misses(monkeypatch: pytest.MonkeyPatch) -> No
     def skip_one(row: Row) -> Row:
         if row.num_tokens < 2:
             return row
-        return replace(
-            row, start=row.start + 1, num_tokens=row.num_tokens - 1, token_ids=row.token_ids[1:]
+        return row._replace(
+            start=row.start + 1, num_tokens=row.num_tokens - 1, token_ids=row.token_ids[1:]
         )
 
     _with_rebuild_rows_changed(monkeypatch, skip_one)
@@ -59,7 +59,7 @@ def test_a_position_that_a_rebuild_misses(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_rebuild_row_that_writes_where_kv_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
-    _with_rebuild_rows_changed(monkeypatch, lambda row: replace(row, first_writing_stage=0))
+    _with_rebuild_rows_changed(monkeypatch, lambda row: row._replace(first_writing_stage=0))
     assert "written again" in str(caught())
 
 
@@ -69,7 +69,7 @@ def test_a_rebuild_row_that_does_not_write_where_kv_is_lost(
     def write_late(row: Row) -> Row:
         writing = max(row.first_stage, row.first_writing_stage)
         is_last = writing + 1 == row.end_stage
-        return row if is_last else replace(row, first_writing_stage=writing + 1)
+        return row if is_last else row._replace(first_writing_stage=writing + 1)
 
     _with_rebuild_rows_changed(monkeypatch, write_late)
     assert is_wrong_token(caught())

@@ -9,6 +9,7 @@ import pytest
 import simulation.arrivals
 import simulation.mesh_scenario
 import simulation.scenario
+from simulation.fake_tenants import Tenants
 from simulation.mesh_scenario import MeshScenario, draw_mesh
 from simulation.mesh_world import MeshWorld
 from simulation.scenario import Scenario
@@ -75,7 +76,7 @@ def test_a_mesh_is_made_small_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with monkeypatch.context() as planted:
         planted.setattr(KvHolders, "holds", holds)
-        planted.setattr("simulation.fake_worker.FakeWorker.has_kv_of", lambda self, pipeline: True)
+        planted.setattr(Tenants, "has_kv_of", lambda self, pipeline_id, from_end: True)
         seed, scenario, error = first_failure(MeshWorld)
         small = shrink_failure(seed, scenario, error, max_runs=150)
         assert failure_of(seed, small) is not None

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from support.fake_memory import FakeMemory
+
 from scheduler.messages import Command, JoinEpoch, LoadedSpan, LoadSpan, Registration
 from stagemesh.plan import ModelSummary
 
@@ -42,10 +44,19 @@ class FakeWorker:
     fetches: bool = True
     num_blocks: int = 100
     block_size_tokens: int = 16
+    num_log_blocks: int = 0
     loaded: LoadedSpan | None = None
     commands: list[Command] = field(default_factory=list)
-    # Which of all KV that ever was its own is.
-    kv: int | None = None
+    # Of what it has loaded.
+    memory: FakeMemory | None = None
+
+    def __post_init__(self) -> None:
+        self.begin_memory()
+
+    def begin_memory(self) -> None:
+        """Nothing is known of what is in it."""
+        load = self.loaded
+        self.memory = FakeMemory(load.num_blocks, load.num_log_blocks) if load else None
 
     @property
     def loads_told(self) -> list[tuple[int, int]]:

@@ -2,9 +2,9 @@
 
     python measure_stage_memory.py MODEL_DIR CASES
 
-CASES is JSON: [[start, end, dtype, batch_invariant], …]. Each case runs in a fork of a process that
-has imported everything and holds nothing, as an idle worker does. A line of JSON per case:
-{"idle", "loaded", "peak", "weights"} in bytes, KV not yet there; the peak spans a step as well.
+CASES is JSON: [[start, end, dtype, batch_invariant, quantization], …]. Each case runs in a fork of
+a process that has imported everything and holds nothing, as an idle worker does. A line of JSON per
+case: {"idle", "loaded", "peak", "weights"} in bytes, KV not yet there; the peak spans a step too.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from stage_worker.executor import ExecutorConfig, StageExecutor
 from stagemesh.plan import BlockUpdate, Epoch, Row, SequenceState, Span, Step
+from stagemesh.quantization import parse_quantization
 from stagemesh.sampling import SamplingSpec
 
 NUM_TOKENS = 16
@@ -55,10 +56,22 @@ class Peak:
             thread.join()
 
 
-def measure(model_dir: Path, span: Span, dtype: str, batch_invariant: bool) -> dict[str, int]:
+def measure(
+    model_dir: Path, span: Span, dtype: str, batch_invariant: bool, quantization: str
+) -> dict[str, int]:
     idle, peak = anonymous_bytes(), Peak()
     with peak.watched():
-        config = ExecutorConfig(model_dir, span, "cpu", dtype, batch_invariant, 16, None, 1)
+        config = ExecutorConfig(
+            model_dir,
+            span,
+            "cpu",
+            dtype,
+            batch_invariant,
+            16,
+            None,
+            1,
+            quantization=parse_quantization(quantization),
+        )
         stage = StageExecutor.load(config, peak.look)
         loaded = anonymous_bytes()
         execute_one_step(stage, span)
@@ -71,7 +84,13 @@ def execute_one_step(stage: StageExecutor, span: Span) -> None:
     first, last = span.start == 0, span.end == stage.spec.num_layers
     index = 0 if first else 1
     num_stages = index + 1 if last else index + 2
-    stage.join(stage=index, num_stages=num_stages, num_blocks=1, keep_kv=False)
+    stage.join(
+        pipeline_id="p",
+        stage=index,
+        num_stages=num_stages,
+        blocks=stage.facts.blocks_for(1),
+        keep_kv=False,
+    )
     prompt = tuple(range(NUM_TOKENS))
     row = Row(
         sequence_id=1,
@@ -91,16 +110,16 @@ def execute_one_step(stage: StageExecutor, span: Span) -> None:
 
 
 def main(model_dir: Path, cases: list[list[object]]) -> None:
-    for start, end, dtype, batch_invariant in cases:
+    for start, end, dtype, batch_invariant, quantization in cases:
         child = os.fork()
         if child == 0:
             span = Span(int(str(start)), int(str(end)))
-            told = measure(model_dir, span, str(dtype), bool(batch_invariant))
+            told = measure(model_dir, span, str(dtype), bool(batch_invariant), str(quantization))
             print(json.dumps(told), flush=True)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         if status:
-            sys.exit(f"case {start, end, dtype, batch_invariant} failed")
+            sys.exit(f"case {start, end, dtype, batch_invariant, quantization} failed")
 
 
 if __name__ == "__main__":

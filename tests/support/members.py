@@ -21,6 +21,7 @@ from scheduler.messages import (
     EndSession,
     FailOldestStep,
     JoinEpoch,
+    LeaveEpoch,
     LoadedSpan,
     LoadSpan,
     OpenStream,
@@ -49,7 +50,8 @@ LIMITS = MembershipLimits(
 class FakeMesh:
     """`workers` are by id; `core` is what the core would know; `ended` are sessions that ended.
 
-    Checks that whoever is told to keep its KV, or not lost, has the KV that the core counts on.
+    Checks that whoever is told to keep its KV, or not lost, has the KV that the core counts on, and
+    that blocks of two pipelines never meet.
     """
 
     def __init__(self, limits: MembershipLimits = LIMITS) -> None:
@@ -112,7 +114,11 @@ class FakeMesh:
         del self.workers[worker_id]
 
     def disconnect(self, worker_id: str) -> None:
-        self.members.disconnected(self.workers[worker_id].session, self.now_ns)
+        """The worker takes its epochs for over, as the scheduler does."""
+        worker = self.workers[worker_id]
+        if worker.memory:
+            worker.memory.leave_all()
+        self.members.disconnected(worker.session, self.now_ns)
 
     # ---- time ----------------------------------------------------------------------------------
 
@@ -155,16 +161,17 @@ class FakeMesh:
                 assert facts.pipeline_id not in self.core
                 self.core[facts.pipeline_id] = facts
                 self._kv[facts.pipeline_id] = [-1] * facts.num_stages
-                self._settle_kv(facts, range(facts.num_stages))
+                self._settle_kv(facts, range(facts.num_stages), 0)
             case SuspendPipeline(pipeline_id):
                 assert pipeline_id in self.core
                 self.suspended.add(pipeline_id)
             case ResumePipeline(facts, lost_stages):
-                assert facts.epoch > self.core[facts.pipeline_id].epoch
+                before = self.core[facts.pipeline_id]
+                assert facts.epoch > before.epoch
                 self.suspended.remove(facts.pipeline_id)
                 self.core[facts.pipeline_id] = facts
                 self.resumes.append((facts.pipeline_id, set(lost_stages)))
-                self._settle_kv(facts, lost_stages)
+                self._settle_kv(facts, lost_stages, before.num_blocks)
             case DrainDone(drain_id):
                 assert drain_id not in self.drained
                 self.drained[drain_id] = effect
@@ -183,46 +190,66 @@ class FakeMesh:
         if isinstance(command, ShutdownWorker):
             del self.workers[worker.registration.worker_id]
         if isinstance(command, LoadSpan):
-            worker.kv = None
+            worker.loaded = worker.memory = None
             if worker.loads:
                 self.finish_load(worker, command.span)
+        elif isinstance(command, LeaveEpoch) and worker.memory:
+            worker.memory.leave(command)
         elif isinstance(command, JoinEpoch):
             self._join(worker, command)
 
     def _join(self, worker: FakeWorker, join: JoinEpoch) -> None:
+        assert worker.memory is not None, "nothing is loaded"
+        worker.memory.join(join)
         if join.keep_kv:
-            assert worker.kv == self._kv[join.pipeline_id][join.stage], "KV that it has not"
-        else:
-            worker.kv = self._fetched(worker, join)
+            assert self._has_kv(worker, join), "KV that it has not"
+        has_pages = bool(join.pages_from) and self._fetched(worker, join)
         if worker.joins:
             self.members.epochs.joined(
-                worker.session, join.pipeline_id, join.epoch, has_pages=worker.kv is not None
+                worker.session, join.pipeline_id, join.epoch, has_pages=has_pages
             )
 
-    def _fetched(self, worker: FakeWorker, join: JoinEpoch) -> int | None:
-        """The KV that came from the named worker, if it did."""
-        if not join.pages_from:
-            return None
+    def _has_kv(self, worker: FakeWorker, join: JoinEpoch) -> bool:
+        """All that the core will count on."""
+        kv = self._kv[join.pipeline_id][join.stage]
+        num_blocks = min(self.core[join.pipeline_id].num_blocks, join.num_blocks)
+        assert worker.memory is not None
+        return worker.memory.has(join.pipeline_id, kv, num_blocks)
+
+    def _fetched(self, worker: FakeWorker, join: JoinEpoch) -> bool:
+        """Whether the KV came from the named worker."""
         assert join.pipeline_id in self.suspended, "pages move only where nothing is written"
         sources = [w for w in self.workers.values() if w.registration.address == join.pages_from]
-        kv = sources[0].kv if sources and worker.fetches else None
-        assert kv in (None, self._kv[join.pipeline_id][join.stage]), "KV of something else"
-        return kv
+        if not sources or not worker.fetches:
+            return False
+        assert sources[0].memory is not None
+        assert self._has_kv(sources[0], join), "KV of something else"
+        assert not sources[0].memory.is_in(join.pipeline_id, join.epoch)
+        kv = self._kv[join.pipeline_id][join.stage]
+        assert worker.memory is not None
+        worker.memory.write(join.pipeline_id, kv, join.num_blocks)
+        return True
 
-    def _settle_kv(self, facts: PipelineFacts, lost_stages: Iterable[int]) -> None:
+    def _settle_kv(
+        self, facts: PipelineFacts, lost_stages: Iterable[int], num_blocks_before: int
+    ) -> None:
         """Who joined has what is computed from now on, and what was unless its stage is lost."""
-        joins = [
-            (worker.last_join, worker) for worker in self.workers.values() if worker.joins_told
-        ]
-        joined = {
-            join.stage: worker
-            for join, worker in joins
-            if (join.pipeline_id, join.epoch) == (facts.pipeline_id, facts.epoch)
-        }
-        for stage, worker in joined.items():
-            if stage in lost_stages:
-                worker.kv = self._kv[facts.pipeline_id][stage] = next(self._kv_serials)
-            assert worker.kv == self._kv[facts.pipeline_id][stage], "a stage without its KV"
+        for worker in self.workers.values():
+            for join in worker.joins_told:
+                if (join.pipeline_id, join.epoch) != (facts.pipeline_id, facts.epoch):
+                    continue
+                assert worker.memory is not None
+                assert join.num_blocks == facts.num_blocks
+                is_last = join.stage + 1 == facts.num_stages
+                assert join.num_log_blocks == facts.num_log_blocks[join.stage] or is_last
+                kvs = self._kv[facts.pipeline_id]
+                if join.stage in lost_stages:
+                    kvs[join.stage] = next(self._kv_serials)
+                else:
+                    num_blocks = min(facts.num_blocks, num_blocks_before)
+                    has_it = worker.memory.has(facts.pipeline_id, kvs[join.stage], num_blocks)
+                    assert has_it, "a stage without its KV"
+                worker.memory.write(facts.pipeline_id, kvs[join.stage], facts.num_blocks)
 
     def finish_load(self, worker: FakeWorker, span: Span) -> None:
         worker.loaded = LoadedSpan(
@@ -231,7 +258,9 @@ class FakeMesh:
             worker.block_size_tokens,
             weight_bytes=100 * span.num_layers,
             kv_block_bytes=span.num_layers,
+            num_log_blocks=worker.num_log_blocks,
         )
+        worker.begin_memory()
         self.members.span_loaded(worker.session, worker.loaded)
 
     # ---- what came of it -----------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from stage_worker.block_ranges import PipelineBlocks
 from stage_worker.executor import ExecutorConfig, StageExecutor
 from stagemesh.model_spec import ModelSpec
 from stagemesh.plan import (
@@ -23,6 +25,7 @@ from stagemesh.plan import (
     Span,
     Step,
 )
+from stagemesh.quantization import parse_quantization
 from stagemesh.sampling import SamplingSpec
 
 GREEDY = SamplingSpec(temperature=0.0, num_logprobs=2)
@@ -126,7 +129,11 @@ def _ignore(loaded_bytes: int, total_bytes: int) -> None:
 
 
 class Chain:
-    """Stages in order, joined as one pipeline; blocks are handed out in a shuffled order."""
+    """Stages in order, joined as one pipeline; blocks are handed out in a shuffled order.
+
+    `from_end` says of each stage at which end of it the pipeline's blocks lie; `num_log_blocks`
+    limits what is logged of them.
+    """
 
     def __init__(
         self,
@@ -140,7 +147,11 @@ class Chain:
         device: str = "cpu",
         seed: int = 0,
         max_log_memory_bytes: int | None = None,
+        pipeline_id: str = "p",
+        wire_dtype: str = "auto",
+        quantization: str = "auto",
     ) -> None:
+        self.pipeline_id = pipeline_id
         num_layers = ModelSpec.from_directory(model_dir).num_layers
         self.block_size_tokens, self.num_blocks = block_size_tokens, num_blocks
         self._configs = [
@@ -154,24 +165,53 @@ class Chain:
                 max_kv_memory_bytes=None,
                 num_blocks=num_blocks,
                 max_log_memory_bytes=max_log_memory_bytes,
+                wire_dtype=wire_dtype,
+                quantization=parse_quantization(quantization),
             )
             for span in even_spans(num_layers, num_stages)
         ]
         self.stages = [StageExecutor.load(config, _ignore) for config in self._configs]
-        self.free_blocks = list(range(num_blocks))
+        self.from_end = [False] * num_stages
+        self.num_log_blocks: int | None = None
+        self._begin(seed)
+
+    def _begin(self, seed: int) -> None:
+        self.free_blocks = list(range(self.num_blocks))
         random.Random(seed).shuffle(self.free_blocks)
         self.next_id = 0
         self.num_steps = 0
         self.join(keep_kv=False)
 
+    def beside(self, pipeline_id: str, *, num_blocks: int, seed: int = 0) -> Chain:
+        """Another pipeline of the same stages, with blocks from their ends."""
+        other = copy.copy(self)
+        other.pipeline_id, other.num_blocks = pipeline_id, num_blocks
+        other.stages, other.from_end = list(self.stages), [True] * len(self.stages)
+        other._begin(seed)
+        return other
+
+    def blocks(self, stage: int) -> PipelineBlocks:
+        facts = self.stages[stage].facts
+        num_logged = facts.num_log_blocks
+        if self.num_log_blocks is not None:
+            num_logged = min(self.num_log_blocks, num_logged)
+        from_end = self.from_end[stage]
+        return facts.blocks_for(self.num_blocks, from_end=from_end, num_log_blocks=num_logged)
+
     def join(self, *, keep_kv: bool, lost: Sequence[int] = ()) -> None:
         for i, stage in enumerate(self.stages):
             stage.join(
+                pipeline_id=self.pipeline_id,
                 stage=i,
                 num_stages=len(self.stages),
-                num_blocks=self.num_blocks,
+                blocks=self.blocks(i),
                 keep_kv=keep_kv and i not in lost,
             )
+
+    def resize(self, num_blocks: int, lost: Sequence[int] = ()) -> None:
+        """What is valid of the pages stays so, but on stages that are lost."""
+        self.num_blocks = num_blocks
+        self.join(keep_kv=True, lost=lost)
 
     @torch.inference_mode()
     def lose(self, lost: Sequence[int]) -> list[StageExecutor]:
@@ -198,7 +238,7 @@ class Chain:
     def execute(
         self, rows: Sequence[Row], forget: Sequence[SequenceRun] = ()
     ) -> tuple[RowResult, ...]:
-        step = Step("p", EPOCH, self.num_steps, tuple(rows), tuple(forget))
+        step = Step(self.pipeline_id, EPOCH, self.num_steps, tuple(rows), tuple(forget))
         self.num_steps += 1
         payload, dtype = memoryview(b""), ""
         for stage in self.stages:

@@ -99,10 +99,13 @@ class WorkerLink:
         keep_kv: bool = False,
         pages_from: str = "",
         block_ids: Sequence[int] = (),
+        pipeline_id: str = "p",
+        from_end: bool = False,
+        num_log_blocks: int | None = None,
     ) -> None:
         source = mesh_pb2.PageSource(address=pages_from, block_ids=block_ids)
         join = mesh_pb2.JoinEpoch(
-            pipeline_id="p",
+            pipeline_id=pipeline_id,
             epoch=epoch_to_proto(epoch),
             stage=stage,
             num_stages=num_stages,
@@ -110,12 +113,14 @@ class WorkerLink:
             num_blocks=num_blocks,
             keep_kv=keep_kv,
             pages=source if pages_from else None,
+            from_end=from_end,
+            num_log_blocks=num_log_blocks,
         )
         self.command(join_epoch=join)
 
-    def leave(self, epoch: Epoch) -> None:
+    def leave(self, epoch: Epoch, pipeline_id: str = "p") -> None:
         self.left.add(epoch.n)
-        leave = mesh_pb2.LeaveEpoch(pipeline_id="p", epoch=epoch_to_proto(epoch))
+        leave = mesh_pb2.LeaveEpoch(pipeline_id=pipeline_id, epoch=epoch_to_proto(epoch))
         self.command(leave_epoch=leave)
 
 
@@ -209,9 +214,10 @@ async def link_scheduler(
         await server.stop(0)
 
 
-async def push_to(link: WorkerLink, epoch: Epoch) -> PushStream:
+async def push_to(link: WorkerLink, epoch: Epoch, pipeline_id: str = "p") -> PushStream:
     """The scheduler's stream to stage 0."""
-    return await open_push_stream(link.address, Hello("p", epoch, 0, "scheduler"), timeout_s=20)
+    hello = Hello(pipeline_id, epoch, 0, "scheduler")
+    return await open_push_stream(link.address, hello, timeout_s=20)
 
 
 @dataclass

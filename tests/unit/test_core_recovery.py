@@ -95,6 +95,37 @@ def test_where_the_log_is_short_stages_before_compute_without_writing() -> None:
     drive.finish()
 
 
+def test_a_log_that_grew_has_nothing_of_what_was_written_before() -> None:
+    drive = running(num_prompt=11)
+    restart(drive.core, three_stages(2, num_log_blocks=(2, 2, 0)))
+    restart(drive.core, three_stages(3))
+    restart(drive.core, three_stages(4), {1})
+    assert [shape(row) for row in rebuilds(drive.plan())] == [
+        (0, 8, 1, 1, 2, 0),
+        (8, 11, 0, 1, 2, None),  # in the log's reach, but computed when it was not
+    ]
+    drive.finish()
+    drive.core.submit(request(1, num_prompt=11, max_tokens=2), 0)
+    while not drive.output(1):
+        drive.plan()
+        drive.answer()
+    drive.in_flight.clear()
+    restart(drive.core, three_stages(5), {1})
+    rows = [shape(row) for row in rebuilds(drive.plan())]
+    assert rows == [(0, 11, 1, 1, 2, 0)], "the same blocks, written anew"
+
+
+def test_a_log_is_whole_again_where_its_stage_was_rebuilt() -> None:
+    drive = running(num_prompt=11)
+    restart(drive.core, three_stages(2, num_log_blocks=(2, 2, 0)))
+    restart(drive.core, three_stages(3), {0})
+    while any(row.end_stage == 1 for step in drive.plan() for row in step.rows):
+        drive.answer()
+    drive.in_flight.clear()
+    restart(drive.core, three_stages(4), {1})
+    assert [shape(row) for row in rebuilds(drive.plan())] == [(0, 11, 1, 1, 2, 0)]
+
+
 def test_a_rebuild_comes_in_chunks_and_others_go_on_when_theirs_is_done() -> None:
     drive = running(num_prompts=2, max_step_tokens=8)
     restart(drive.core, three_stages(2), {1})
@@ -196,9 +227,9 @@ def broken_beside_a_replica(num_prompt: int) -> tuple[SchedulerCore, Drive]:
     core.add_pipeline(three_stages(pipeline_id="q", **large), 0)
     for number in range(1, 7):
         core.submit(request(number, num_prompt=10 * number, max_tokens=1), drive.now_ns)
-        drive.plan()
-        drive.now_ns += 10 * number * S // 1000
-        drive.answer()
+        for step in drive.plan():
+            drive.now_ns += step.num_tokens * S // 1000
+            drive.answer()
     drive.finish()
     drive.now_ns = S
     core.resume_pipeline(three_stages(2, **large), (), drive.now_ns)

@@ -195,7 +195,12 @@ def test_a_worker_that_has_only_its_own_parts_is_taken() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value", "option"),
-    [("dtype", "bfloat16", "--dtype bfloat16"), ("batch_invariant", True, "--batch-invariant")],
+    [
+        ("dtype", "bfloat16", "--dtype bfloat16"),
+        ("wire_dtype", "int8", "--wire-dtype int8"),
+        ("batch_invariant", True, "--batch-invariant"),
+        ("quantization", "int8", "--quantization int8"),
+    ],
 )
 def test_other_numerics_are_refused(field: str, value: object, option: str) -> None:
     mesh = two_stages()

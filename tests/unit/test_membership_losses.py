@@ -105,7 +105,7 @@ def test_a_worker_that_holds_the_layers_is_preferred_to_one_that_must_load_them(
 
 
 def test_two_broken_replicas_make_one_that_serves() -> None:
-    mesh = FakeMesh(replace(LIMITS, num_stages=2))
+    mesh = FakeMesh(replace(LIMITS, num_stages=2, share_workers=False))
     for worker_id in "abcd":
         mesh.register(worker_id)
     mesh.run()
@@ -261,6 +261,16 @@ def test_two_processes_of_one_name_do_not_fight_for_ever() -> None:
     mesh.register("a", incarnation=2)
     mesh.run()
     assert mesh.ended[first] is not None, "the first is refused and does not come back"
+
+
+def test_the_only_worker_is_started_again_before_its_grace_is_over() -> None:
+    mesh = FakeMesh(replace(LIMITS, num_stages=1))
+    mesh.register("a", worker={"loads": False})
+    mesh.run()
+    mesh.disconnect("a")
+    mesh.register("a", incarnation=2)
+    mesh.run()
+    assert len(mesh.serving) == 1
 
 
 def test_progress_of_loading_is_known() -> None:

@@ -7,7 +7,12 @@ import torch
 from support.paths import DEMO_MODEL
 
 from stage_worker import boundary_log, kv_cache
-from stage_worker.boundary_log import BoundaryLog, choose_num_log_blocks, log_block_bytes
+from stage_worker.boundary_log import (
+    NOT_LOGGED,
+    BoundaryLog,
+    choose_num_log_blocks,
+    log_block_bytes,
+)
 from stage_worker.kv_cache import LogCost, choose_num_blocks
 from stagemesh.model_spec import ModelSpec
 
@@ -16,7 +21,7 @@ CPU = torch.device("cpu")
 
 def test_slots_of_logged_blocks_are_kept_and_others_left_out() -> None:
     log = BoundaryLog(num_blocks=2, block_size_tokens=4, hidden_size=3, dtype=torch.float32)
-    slots = torch.tensor([7, 9, 0, 8])
+    slots = torch.tensor([7, NOT_LOGGED, 0, NOT_LOGGED])
     hidden = torch.arange(12.0).view(4, 3)
     assert not log.holds(slots)
     log.write(slots, hidden)
@@ -29,9 +34,9 @@ def test_slots_of_logged_blocks_are_kept_and_others_left_out() -> None:
 
 def test_no_log_takes_nothing() -> None:
     log = BoundaryLog(num_blocks=0, block_size_tokens=4, hidden_size=3, dtype=torch.float32)
-    log.write(torch.tensor([0, 5]), torch.zeros(2, 3))
+    log.write(torch.tensor([NOT_LOGGED, NOT_LOGGED]), torch.zeros(2, 3))
     assert log.holds(torch.tensor([], dtype=torch.int64))
-    assert not log.holds(torch.tensor([0]))
+    assert not log.holds(torch.tensor([NOT_LOGGED]))
     assert log.block_bytes == 0
 
 

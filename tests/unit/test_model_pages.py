@@ -11,7 +11,6 @@ from support.checkpoints import TinyModel, prompts, tiny_model
 from support.stages import Chain, Wish
 
 from protos import plan_pb2
-from stage_worker.pages import PageStore
 from stagemesh.errors import ProtocolError
 from stagemesh.frames import SENT_FRAME_BYTES, decode_frame
 from stagemesh.page_frames import (
@@ -59,11 +58,12 @@ def passed_on(batch: PageBatch) -> PageBatch:
 def test_pages_are_the_same_on_the_other_side(
     model: Path, stage: int, here: int | None, there: int | None
 ) -> None:
-    source = served(model, num_logged=here).stages[stage]
-    target = chain(model, num_logged=there).stages[stage]
-    ids = source.pages.order((11, 3, 3, 0, 7, 8))
+    source_chain, target_chain = served(model, num_logged=here), chain(model, num_logged=there)
+    source, target = source_chain.stages[stage], target_chain.stages[stage]
+    blocks = source_chain.blocks(stage)
+    ids = blocks.order((11, 3, 3, 0, 7, 8))
     assert ids == (0, 3, 7, 8, 11)
-    target.pages.write(passed_on(source.pages.read(ids)))
+    target.pages.write(passed_on(source.pages.read(ids, blocks)), target_chain.blocks(stage))
     for i in range(len(source.cache.keys)):
         assert torch.equal(source.cache.keys[i][list(ids)], target.cache.keys[i][list(ids)])
         assert torch.equal(source.cache.values[i][list(ids)], target.cache.values[i][list(ids)])
@@ -74,7 +74,7 @@ def test_pages_are_the_same_on_the_other_side(
 def test_the_layout_on_the_wire(model: Path) -> None:
     """block, layer, K/V, head, offset, dim; then what was logged, as offset, hidden."""
     stage = served(model, num_logged=5).stages[0]
-    batch = stage.pages.read((4, 5))
+    batch = stage.pages.read((4, 5), stage.facts.blocks_for(16))
     assert batch.num_logged == 1
     numbers = torch.frombuffer(bytearray(batch.payload), dtype=torch.float32)
     kv_size = 1 * 2 * 2 * BLOCK_SIZE * 16
@@ -88,16 +88,17 @@ def test_the_layout_on_the_wire(model: Path) -> None:
     assert torch.equal(second[0, 0, 0], stage.cache.keys[0][5, :, 0])
 
 
-def refused(store: PageStore, batch: PageBatch, why: str) -> None:
+def refused(chain: Chain, batch: PageBatch, why: str) -> None:
     with pytest.raises(ProtocolError, match=why):
-        store.write(batch)
+        chain.stages[0].pages.write(batch, chain.blocks(0))
 
 
 def test_pages_that_do_not_fit_are_refused(model: Path) -> None:
-    batch = served(model, num_logged=4).stages[0].pages.read((1, 2, 6))
-    refused(chain(model, dtype="bfloat16").stages[0].pages, batch, "float32, not bfloat16")
-    refused(chain(model).stages[0].pages, batch, "log there is shorter")
-    fitting = chain(model, num_logged=4).stages[0].pages
+    source = served(model, num_logged=4)
+    batch = source.stages[0].pages.read((1, 2, 6), source.blocks(0))
+    refused(chain(model, dtype="bfloat16"), batch, "float32, not bfloat16")
+    refused(chain(model), batch, "log there is shorter")
+    fitting = chain(model, num_logged=4)
     for changes, why in (
         ({"block_ids": (2, 1, 6)}, "without order"),
         ({"block_ids": (1, 2, 16)}, "16 blocks here"),
@@ -105,9 +106,9 @@ def test_pages_that_do_not_fit_are_refused(model: Path) -> None:
         ({"log_block_bytes": 8}, "and 8 bytes"),
     ):
         refused(fitting, dataclasses.replace(batch, **changes), why)  # type: ignore[arg-type]
-    fitting.write(batch)
+    fitting.stages[0].pages.write(batch, fitting.blocks(0))
     with pytest.raises(ProtocolError, match="16 blocks here"):
-        fitting.order((3, 16))
+        fitting.blocks(0).order((3, 16))
 
 
 def test_a_batch_larger_than_a_frame_is_put_together() -> None:

@@ -105,7 +105,7 @@ UNSUPPORTED = {
     "architectures": {"architectures": ["GPT2LMHeadModel"]},
     "mamba": {"architectures": [], "model_type": "mamba"},
     "hidden_act": {"hidden_act": "gelu"},
-    "quantization_config": {"quantization_config": {"quant_method": "awq"}},
+    "quantization_config": {"quantization_config": {"quant_method": "hqq"}},
     "partial_rotary_factor": {"partial_rotary_factor": 0.5},
     "rope_type": {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
     "mystery": {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "mystery": 1}},

@@ -128,6 +128,14 @@ def test_a_place_that_nobody_holds() -> None:
     assert "(nobody)" in text
 
 
+def test_a_worker_that_serves_two_pipelines_shows_both() -> None:
+    shared = mesh_pb2.GetStatusResponse()
+    shared.CopyFrom(STATUS)
+    shared.pipelines.add(pipeline_id="p1", worker_ids=["worker-0", "worker-2"])
+    rows = [line.split() for line in shown(shared).splitlines() if line.startswith("worker-")]
+    assert [row[3:5] for row in rows if row[0] == "worker-0"] == [["p0", "p1"]]
+
+
 def test_a_mesh_with_nothing_in_it_can_be_shown() -> None:
     assert "not serving" in shown(mesh_pb2.GetStatusResponse())
 

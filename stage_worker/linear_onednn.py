@@ -1,0 +1,72 @@
+"""Linear layers in float32 on a CPU, by oneDNN's kernel: weights as they are, or packed for it.
+
+    T tokens, I inputs, O outputs
+
+`OneDnnLinear` is as fast as torch's own at one row and faster from two on. With AVX2 packing gains
+nothing more; with AVX-512 it does, and costs a lone row something: benchmarks/RESULTS.md.
+
+A packed layer's row has the same bits whatever number of rows it comes with, from 2 on; a lone row
+is therefore computed beside a copy of itself. Measured, not promised by oneDNN: the equivalence
+tests hold it to that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stage_worker.linear import LinearSource, PlainLinear
+
+
+class OneDnnLinear(PlainLinear):
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.shape[0] == 0:
+            return x.new_empty(0, self.weight.shape[0])
+        return _product(x, self.weight, self.bias)
+
+
+class PackedLinear:
+    """Outputs in pieces of a bounded size, so that packing needs little memory beside."""
+
+    def __init__(self, pieces: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
+        self._pieces = list(zip(pieces, biases, strict=True))
+
+    @classmethod
+    def make(cls, source: LinearSource) -> PackedLinear:
+        bias = source.bias(torch.float32, torch.device("cpu"))
+        pieces: list[Tensor] = []
+        biases: list[Tensor | None] = []
+        done = 0
+        for matrix, start, end in source.pieces():
+            dense = matrix.dense(start, end).to(torch.float32)
+            pieces.append(torch.ops.mkldnn._reorder_linear_weight(dense, None))
+            biases.append(None if bias is None else bias[done : done + end - start])
+            source.on_bytes(dense.nbytes)
+            done += end - start
+        return cls(pieces, biases)
+
+    @property
+    def nbytes(self) -> int:
+        tensors = [part for piece in self._pieces for part in piece if part is not None]
+        return sum(4 * tensor.numel() for tensor in tensors)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        num_rows = x.shape[0]
+        if num_rows == 0:
+            return x.new_empty(0, sum(piece.shape[0] for piece, _ in self._pieces))
+        if num_rows == 1:
+            x = x.expand(2, -1).contiguous()
+        outputs = [_product(x, piece, bias) for piece, bias in self._pieces]
+        whole = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        return whole[:num_rows]
+
+
+def is_available() -> bool:
+    return bool(torch._C._has_mkldnn)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product

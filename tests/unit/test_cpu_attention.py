@@ -1,0 +1,187 @@
+"""Attention over paged KV on the CPU is that of each query over its own positions, however blocks
+lie; what belongs to nobody, or to another, is NaN here."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+import stage_worker.cpu_attention as cpu_attention
+from stage_worker.attention import Attention, Query
+from stage_worker.attention_parts import Gathered, Part, Stretch
+from stage_worker.block_runs import Run, runs_of
+from stage_worker.cpu_attention import CpuAttention
+from stage_worker.kv_cache import KvCache
+from stage_worker.padded_attention import PaddedAttention, fast_kernel
+from stagemesh.model_spec import ModelSpec
+
+BLOCK = 4
+NUM_BLOCKS = 400
+KV_HEADS, HEADS, HEAD_DIM = 2, 6, 16
+SLOT_BYTES = 2 * KV_HEADS * HEAD_DIM * 4
+# Tokens of each row and where it starts: decode, verification of drafts, chunks.
+ROWS = [(1, 0), (1, 150), (70, 0), (1, 151), (5, 33), (5, 60), (1, 7), (66, 40), (1, 199)]
+
+
+@pytest.mark.parametrize(
+    ("begin", "end", "expected"),
+    [
+        (0, 16, [(8, 16), (36, 44)]),  # blocks 9, 2, 10, 3
+        (0, 14, [(8, 14), (36, 44)]),  # the last block in part
+        (2, 16, [(8, 16), (38, 44)]),  # the first one
+        (2, 7, [(8, 11), (38, 40)]),
+        (5, 7, [(9, 11)]),
+        (4, 5, [(8, 9)]),
+        (4, 8, [(8, 12)]),
+        (3, 3, []),
+    ],
+)
+def test_runs(begin: int, end: int, expected: list[tuple[int, int]]) -> None:
+    assert runs_of([9, 2, 10, 3, 77], begin, end, BLOCK) == [Run(*run) for run in expected]
+
+
+def test_runs_of_falling_blocks() -> None:
+    assert runs_of([7, 6, 5], 0, 12, BLOCK) == [Run(20, 32)]
+    assert runs_of([7, 6, 5], 0, 9, BLOCK) == [Run(20, 21), Run(24, 32)]
+
+
+def _rising() -> list[int]:
+    return list(range(NUM_BLOCKS))
+
+
+def _shuffled() -> list[int]:
+    return random.Random(5).sample(range(NUM_BLOCKS), NUM_BLOCKS)
+
+
+def _in_pieces() -> list[int]:
+    pieces = [list(range(i, i + 10)) for i in range(0, NUM_BLOCKS, 10)]
+    return [block for piece in random.Random(6).sample(pieces, len(pieces)) for block in piece]
+
+
+ORDERS = {
+    "rising": _rising,
+    "falling": lambda: _rising()[::-1],
+    "shuffled": _shuffled,
+    "pieces": _in_pieces,
+}
+
+
+@pytest.fixture
+def cache() -> KvCache:
+    spec = SimpleNamespace(num_kv_heads=KV_HEADS, head_dim=HEAD_DIM)
+    cache = KvCache(cast(ModelSpec, spec), 2, NUM_BLOCKS, BLOCK, torch.float32, torch.device("cpu"))
+    for pages in (*cache.keys, *cache.values):
+        pages.fill_(torch.nan)
+    return cache
+
+
+@pytest.fixture(params=[0, 20, 10**6], ids=["all runs", "long runs", "gathered"])
+def min_run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """In slots."""
+    monkeypatch.setattr(cpu_attention, "_RUN_BYTES", request.param * SLOT_BYTES)
+    monkeypatch.setattr(cpu_attention, "_MERGE_SLOTS", 0)
+    return request.param
+
+
+def make_rows(cache: KvCache, blocks: list[int], sizes: list[tuple[int, int]]) -> list[Query]:
+    """Rows whose blocks come from `blocks` in turn, with their keys and values written."""
+    rows, first = [], 0
+    for num_tokens, start in sizes:
+        end = start + num_tokens
+        own = [blocks.pop(0) for _ in range(-(-end // BLOCK) + 1)]  # one for what comes later
+        slots = (torch.tensor(own)[:, None] * BLOCK + torch.arange(BLOCK)).flatten()[:end]
+        for pages in (*cache.keys, *cache.values):
+            pages.flatten(0, 1)[slots] = torch.randn(end, KV_HEADS, HEAD_DIM)
+        rows.append(Query(first, num_tokens, start, slots, own))
+        first += num_tokens
+    return rows
+
+
+def plain(queries: Tensor, rows: list[Query], window: int | None, cache: KvCache) -> Tensor:
+    """The definition, in float64, query by query. [T, H, D] -> [T, H * D] of layer 1."""
+    output = torch.empty_like(queries)
+    for row in rows:
+        for i in range(row.num_tokens):
+            end = row.start + i + 1
+            slots = row.slots[0 if window is None else max(0, end - window) : end]
+            keys, values = (
+                pages[1].flatten(0, 1)[slots].repeat_interleave(HEADS // KV_HEADS, dim=1).double()
+                for pages in (cache.keys, cache.values)
+            )
+            scores = torch.einsum("hd,chd->hc", queries[row.first + i].double(), keys)
+            weights = (scores * HEAD_DIM**-0.5).softmax(dim=1)
+            output[row.first + i] = torch.einsum("hc,chd->hd", weights, values)
+    return output.flatten(1)
+
+
+def attended(
+    attention: Attention[Any], rows: list[Query], window: int | None, cache: KvCache
+) -> tuple[Tensor, Tensor]:
+    """What comes out, and what should."""
+    queries = torch.randn(rows[-1].first + rows[-1].num_tokens, HEADS, HEAD_DIM)
+    output = attention.attend(queries, attention.plan(rows, window, cache), cache, 1)
+    return output, plain(queries, rows, window, cache)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("window", [None, 1, 50, 1000])
+def test_attention_over_any_table(
+    cache: KvCache, min_run: int, order: str, window: int | None
+) -> None:
+    torch.manual_seed(len(order))
+    rows = make_rows(cache, ORDERS[order](), ROWS)
+    output, expected = attended(CpuAttention(), rows, window, cache)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 50])
+def test_padded_attention(cache: KvCache, window: int | None) -> None:
+    torch.manual_seed(1)
+    rows = make_rows(cache, _shuffled(), ROWS)
+    output, expected = attended(PaddedAttention(fast_kernel, 1), rows, window, cache)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+
+
+def test_scores_too_large_for_exp(cache: KvCache, min_run: int) -> None:
+    """Parts whose sums differ by more than float32 can hold are merged all the same."""
+    rows = make_rows(cache, _in_pieces(), [(1, 199), (1, 90)])
+    cache.keys[1] *= 100
+    output, expected = attended(CpuAttention(), rows, None, cache)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-4)
+
+
+def parts_of(cache: KvCache, rows: list[Query], window: int | None = None) -> list[Part]:
+    return list(CpuAttention().plan(rows, window, cache).parts)
+
+
+def test_long_runs_are_read_in_place(cache: KvCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_attention, "_RUN_BYTES", 100 * SLOT_BYTES)
+    rising = make_rows(cache, _rising(), [(1, 199), (1, 149), (1, 39), (1, 41)])
+    long, longer, short = parts_of(cache, rising)
+    assert long == Stretch(range(1), Run(0, 200))
+    assert longer == Stretch(range(1, 2), Run(51 * BLOCK, 51 * BLOCK + 150))
+    assert isinstance(short, Gathered)
+    assert sorted(short.tokens) == [2, 3]
+    assert isinstance(parts_of(cache, rising, window=20)[0], Gathered)
+    falling = make_rows(cache, _rising()[::-1], [(1, 199)])
+    assert parts_of(cache, falling) == [Stretch(range(1), Run(350 * BLOCK, 400 * BLOCK))]
+    pieces = make_rows(cache, _in_pieces(), [(1, 199), (1, 199)])
+    assert [type(part) for part in parts_of(cache, pieces)] == [Gathered]
+
+
+def test_a_lone_run_is_read_in_place(cache: KvCache) -> None:
+    assert isinstance(parts_of(cache, make_rows(cache, _rising(), [(1, 9)]))[0], Stretch)
+    assert isinstance(parts_of(cache, make_rows(cache, _shuffled(), [(1, 9)]))[0], Gathered)
+
+
+def test_padding_is_bounded(cache: KvCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short contexts share a group up to where padding would cost more than another group."""
+    rows = make_rows(cache, _rising(), [(1, 199), (1, 3), (1, 150), (1, 5)])
+    assert [sorted(part.tokens) for part in parts_of(cache, rows)] == [[0, 1, 2, 3]]
+    monkeypatch.setattr(cpu_attention, "_GROUP_BYTES", 100 * SLOT_BYTES)
+    assert [sorted(part.tokens) for part in parts_of(cache, rows)] == [[0, 2], [1, 3]]
