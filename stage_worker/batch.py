@@ -65,7 +65,10 @@ class BatchBuilder:
         written = _written(placed, stage, slots.device)
         written_slots = slots if written is None else slots[written]
         cos, sin = cos.to(self._dtype), sin.to(self._dtype)
-        return Batch(slots, written_slots, written, cos, sin, reading)
+        token_ids = None
+        if stage == 0:
+            token_ids = torch.tensor([token for entry in placed for token in entry.row.token_ids])
+        return Batch(slots, written_slots, written, cos, sin, reading, token_ids)
 
     def _frequencies(self, placed: Rows[PlacedRow]) -> Tensor:
         """[D / 2] where all sequences share them, else [T, D / 2]."""

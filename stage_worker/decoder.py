@@ -20,6 +20,7 @@ from stage_worker.attention import Attention
 from stage_worker.kernels import Kernels
 from stage_worker.kv_cache import KvCache
 from stage_worker.rope import rotate
+from stage_worker.sampler import greedy_tokens
 from stage_worker.weights import LayerWeights, StageWeights
 from stagemesh.model_spec import ModelSpec
 
@@ -31,7 +32,7 @@ class Batch:
     `slots` [T] is where their keys and values lie; those of `written` [W] (None: of all) are
     written there, at `written_slots` [W], and the pages hold the others' already. `cos`, `sin`
     [T, 1, D / 2] are in the model's dtype; `reading` has what the attention kernel planned per
-    sliding window (None: whole context).
+    sliding window (None: whole context). `token_ids` [T] are there on the first stage.
     """
 
     slots: Tensor
@@ -40,6 +41,7 @@ class Batch:
     cos: Tensor
     sin: Tensor
     reading: Mapping[int | None, Any]
+    token_ids: Tensor | None = None
 
 
 class Decoder:
@@ -71,8 +73,12 @@ class Decoder:
         assert self._weights.embedding is not None
         return torch.nn.functional.embedding(token_ids, self._weights.embedding).to(self._dtype)
 
-    def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """[T, E] -> [T, E] through the stage's layers; writes their KV."""
+    def forward(self, hidden: Tensor | None, batch: Batch) -> Tensor:
+        """[T, E] -> [T, E] through the stage's layers; writes their KV. Without input the batch's
+        token ids are embedded."""
+        if hidden is None:
+            assert batch.token_ids is not None
+            hidden = self.embed(batch.token_ids)
         for i, layer in enumerate(self._weights.layers):
             normed = self._norm(hidden, layer.input_norm)
             hidden = hidden + self._attention(normed, i, layer, batch)
@@ -86,6 +92,10 @@ class Decoder:
         assert self._weights.norm is not None
         assert self._weights.head is not None
         return self._weights.head(self._norm(hidden, self._weights.norm)).float()
+
+    def greedy(self, hidden: Tensor) -> list[int]:
+        """[T, E] -> the likeliest token of each, -1 where numbers are not finite."""
+        return greedy_tokens(self.logits(hidden))
 
     def _attention(self, hidden: Tensor, i: int, layer: LayerWeights, batch: Batch) -> Tensor:
         spec = self._spec

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import torch
+
 from stagemesh.errors import InternalError, OutOfMemory, QueueFull, StageMeshError
 
 T = TypeVar("T")
@@ -154,6 +156,6 @@ def _resolve(future: asyncio.Future[Outcome[Any]], outcome: Outcome[Any]) -> Non
 def as_mesh_error(error: Exception) -> StageMeshError:
     if isinstance(error, StageMeshError):
         return error
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return OutOfMemory(f"memory ran out: {error}")
     return InternalError(f"{type(error).__name__}: {error}")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stage_worker.batch import BatchBuilder, PlacedRow
+from stage_worker.batch import PlacedRow
 from stage_worker.block_ranges import PipelineBlocks
 from stage_worker.boundary_log import BoundaryLog
 from stage_worker.checkpoint import DTYPE_NAMES
@@ -28,12 +28,16 @@ from stage_worker.payload import check_wire_dtype, hidden_as_bytes, hidden_from_
 from stage_worker.results import RowSampler
 from stage_worker.rope import inverse_frequencies
 from stage_worker.sequences import Sequence, SequenceTable
+from stage_worker.staging import to_host
 from stage_worker.tenancy import Tenancy
 from stage_worker.warm_up import warm_up
 from stagemesh.errors import ProtocolError
 from stagemesh.plan import Row, RowResult, Step
 
 __all__ = ["ExecutorConfig", "ExecutorFacts", "StageExecutor", "StageOutput"]
+
+# What is known of sequences beside their KV is on the host, whatever the device.
+_HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +81,12 @@ class StageExecutor:
         self.log = loaded.log
         self.pages = PageStore(loaded.cache, loaded.log)
         self._span = loaded.span
-        self._decoder = loaded.decoder
+        self._decoder = loaded.decoding.decoder
+        self._batches = loaded.decoding.batches
         keys = loaded.cache.keys[0]
         self._dtype, self._device = keys.dtype, keys.device
         self.wire_dtype = loaded.wire_dtype  # of hidden states that come and go
-        windows = self.spec.layer_windows[self._span.start : self._span.end]
-        self._batches = BatchBuilder(
-            windows, self.spec.rope, self._decoder.attention, self.cache, self._dtype
-        )
-        self._sampler = RowSampler(self._decoder.logits)
+        self._sampler = RowSampler(self._decoder.logits, self._decoder.greedy)
         # By whether its blocks are those from the end. Replaced, never changed: `num_sequences` is
         # asked by the event loop.
         self._tenancies: dict[bool, Tenancy] = {}
@@ -130,7 +131,7 @@ class StageExecutor:
             sequences.resize(blocks.kv)
         else:
             block_size = self.facts.block_size_tokens
-            sequences = SequenceTable(blocks.kv, block_size, self.spec.vocab_size, self._device)
+            sequences = SequenceTable(blocks.kv, block_size, self.spec.vocab_size, _HOST)
         tenancy = Tenancy(pipeline_id, stage, num_stages, blocks, sequences)
         others = {
             end: other
@@ -169,12 +170,13 @@ class StageExecutor:
         for gone in step.forget:
             tenancy.sequences.forget(gone)
         work = self._take_rows(step, tenancy)
-        hidden = self._input(work.executed, tenancy.stage, payload, payload_dtype)
+        received = self._input(work.executed, tenancy.stage, payload, payload_dtype)
+        hidden = torch.empty(0, self.spec.hidden_size, dtype=self._dtype)
         if work.executed:
             batch = self._batches.build(work.executed, tenancy.stage)
-            hidden = self._decoder.forward(hidden, batch)
+            hidden = self._decoder.forward(received, batch)
             if not tenancy.is_last:
-                hidden = hidden.to("cpu")
+                hidden = to_host(hidden)
                 self.log.write(tenancy.log_slots(batch.slots), hidden)
         if tenancy.is_last:
             return self._output(hidden[:0], self._sampler.results(step, work.executed, hidden))
@@ -210,7 +212,7 @@ class StageExecutor:
         if row.state is not None:
             frequencies = inverse_frequencies(
                 self.spec.rope, self.spec.head_dim, row.state.total_length
-            ).to(self._device)
+            )
         return tenancy.sequences.update(row, frequencies)
 
     def _logged(self, row: Row, sequence: Sequence, tenancy: Tenancy) -> _Logged:
@@ -228,17 +230,14 @@ class StageExecutor:
         stage: int,
         payload: bytes | bytearray | memoryview,
         payload_dtype: str,
-    ) -> Tensor:
-        hidden_size = self.spec.hidden_size
-        if stage > 0:
-            shape = (sum(entry.row.num_tokens for entry in executed), hidden_size)
-            if executed:
-                check_wire_dtype(payload_dtype, self.wire_dtype)
-            return hidden_from_bytes(payload, self.wire_dtype, shape, self._dtype, self._device)
-        if not executed:
-            return torch.empty(0, hidden_size, dtype=self._dtype, device=self._device)
-        token_ids = [token for entry in executed for token in entry.row.token_ids]
-        return self._decoder.embed(torch.tensor(token_ids, device=self._device))
+    ) -> Tensor | None:
+        """None on the first stage, whose input are the rows' tokens."""
+        if stage == 0:
+            return None
+        shape = (sum(entry.row.num_tokens for entry in executed), self.spec.hidden_size)
+        if executed:
+            check_wire_dtype(payload_dtype, self.wire_dtype)
+        return hidden_from_bytes(payload, self.wire_dtype, shape, self._dtype, self._device)
 
     def _output(self, hidden: Tensor, rows: tuple[RowResult, ...]) -> StageOutput:
         return StageOutput(

@@ -14,7 +14,7 @@ import torch
 from stage_worker.block_ranges import PipelineBlocks
 from stage_worker.boundary_log import BoundaryLog, choose_num_log_blocks, log_block_bytes
 from stage_worker.checkpoint import TORCH_DTYPES
-from stage_worker.decoder import Decoder
+from stage_worker.decoding import Decoding, make_decoding
 from stage_worker.kernels import choose_kernels
 from stage_worker.kv_cache import KvCache, LogCost, block_bytes, choose_num_blocks
 from stage_worker.linear_schemes import Numerics
@@ -77,7 +77,7 @@ class ExecutorFacts:
 class LoadedStage:
     spec: ModelSpec
     span: Span
-    decoder: Decoder
+    decoding: Decoding
     cache: KvCache
     log: BoundaryLog
     facts: ExecutorFacts
@@ -119,6 +119,8 @@ def load_stage(config: ExecutorConfig, on_progress: Callable[[int, int], None]) 
         trim()
         cache = _make_cache(spec, config, dtype, device)
         log = _make_log(spec, config, cache.num_blocks, dtype)
+        windows = spec.layer_windows[config.span.start : config.span.end]
+        decoding = make_decoding(spec, windows, weights, cache, kernels, dtype)
     except (RuntimeError, MemoryError) as error:
         raise _as_out_of_memory(error) from error
     facts = ExecutorFacts(
@@ -129,10 +131,8 @@ def load_stage(config: ExecutorConfig, on_progress: Callable[[int, int], None]) 
         load_ns=time.monotonic_ns() - started_ns,
         num_log_blocks=log.num_blocks,
     )
-    windows = spec.layer_windows[config.span.start : config.span.end]
-    decoder = Decoder(spec, windows, weights, cache, kernels, dtype)
     wire_dtype = resolve_wire_dtype(config.wire_dtype, dtype)
-    return LoadedStage(spec, config.span, decoder, cache, log, facts, wire_dtype)
+    return LoadedStage(spec, config.span, decoding, cache, log, facts, wire_dtype)
 
 
 class _Progress:
@@ -154,9 +154,16 @@ class _Progress:
 def _device(name: str) -> torch.device:
     if name not in ("cpu", "cuda") and not name.startswith("cuda:"):
         raise ConfigError(f"device must be cpu or cuda, not {name!r}")
-    if name != "cpu" and not torch.cuda.is_available():
+    if name == "cpu":
+        return torch.device(name)
+    if not torch.cuda.is_available():
         raise ConfigError(f"device {name!r}: this torch finds no CUDA device")
-    return torch.device(name)
+    index = name.removeprefix("cuda").removeprefix(":") or "0"
+    if not index.isdecimal() or int(index) >= torch.cuda.device_count():
+        raise ConfigError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices")
+    # Of the thread that loads, which is the one that executes: kernels are started on it.
+    torch.cuda.set_device(int(index))
+    return torch.device("cuda", int(index))
 
 
 def _check_fits(weight_bytes: int, device: torch.device) -> None:

@@ -17,6 +17,8 @@ bits make u = ((bits >> 12) + 0.5) / 2**52, exact in float64 and never 0 or 1, a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,17 @@ def bits_of(stream: int, token_id: int) -> int:
 
 def gumbel(stream: int, token_ids: Tensor) -> Tensor:
     """Noise of each token: int64 ids of any shape -> float64 of the same."""
-    mixed = (token_ids + 1) * _signed(_GOLDEN) + _signed(stream)  # int64 wraps modulo 2**64
+    return _noise((token_ids + 1) * _signed(_GOLDEN) + _signed(stream))
+
+
+def gumbel_rows(streams: Sequence[int], token_ids: Tensor) -> Tensor:
+    """The same for several positions: ids [V] -> [len(streams), V]."""
+    states = torch.tensor([_signed(stream) for stream in streams], device=token_ids.device)
+    return _noise((token_ids + 1) * _signed(_GOLDEN) + states[:, None])
+
+
+def _noise(mixed: Tensor) -> Tensor:
+    """From the states of generators; int64 wraps modulo 2**64."""
     mixed = (mixed ^ _shift_right(mixed, 30)) * _signed(_MULTIPLIERS[0])
     mixed = (mixed ^ _shift_right(mixed, 27)) * _signed(_MULTIPLIERS[1])
     mixed = mixed ^ _shift_right(mixed, 31)

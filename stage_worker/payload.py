@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stage_worker.checkpoint import DTYPE_NAMES, TORCH_DTYPES
+from stage_worker.staging import host_tensor, to_device, to_host
 from stagemesh.errors import ProtocolError
 from stagemesh.frames import hidden_bytes
 
@@ -25,7 +26,7 @@ def bytes_view(hidden: Tensor) -> memoryview:
     """The tensor's bytes, without a copy where it is on the CPU; they live as long as the view."""
     if not hidden.numel():
         return memoryview(b"")
-    contiguous = hidden.detach().to("cpu").contiguous()
+    contiguous = to_host(hidden.detach()).contiguous()
     return contiguous.view(torch.uint8).numpy().data.cast("B")
 
 
@@ -60,10 +61,12 @@ def hidden_from_bytes(
             f"hidden states of {shape[0]} tokens take {expected_bytes} bytes, {num_bytes} came"
         )
     if wire_dtype != INT8:
-        return _tensor_of(payload, shape, TORCH_DTYPES[wire_dtype]).to(device, dtype)
+        staged = _tensor_of(payload, shape, TORCH_DTYPES[wire_dtype], device)
+        return to_device(staged, device).to(dtype)
     view = memoryview(payload).cast("B")
-    scales = _tensor_of(view[: 4 * shape[0]], (shape[0], 1), torch.float32)
-    return (_tensor_of(view[4 * shape[0] :], shape, torch.int8) * scales).to(device, dtype)
+    scales = _tensor_of(view[: 4 * shape[0]], (shape[0], 1), torch.float32, device)
+    numbers = _tensor_of(view[4 * shape[0] :], shape, torch.int8, device)
+    return (to_device(numbers, device) * to_device(scales, device)).to(dtype)
 
 
 def check_wire_dtype(given: str, own: str) -> None:
@@ -78,9 +81,13 @@ def resolve_wire_dtype(wire_dtype: str, dtype: torch.dtype) -> str:
 
 
 def _tensor_of(
-    content: bytes | bytearray | memoryview, shape: tuple[int, int], dtype: torch.dtype
+    content: bytes | bytearray | memoryview,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
-    tensor = torch.empty(shape, dtype=dtype)
+    """On the host, on its way to `device`."""
+    tensor = host_tensor(shape, dtype, device)
     if tensor.nbytes:
         tensor.view(torch.uint8).numpy().data.cast("B")[:] = memoryview(content).cast("B")
     return tensor

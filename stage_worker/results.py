@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from stage_worker.batch import PlacedRow
-from stage_worker.sampler import SampleRequest, describe, sample
+from stage_worker.sampler import (
+    SampleRequest,
+    describe,
+    is_plain_greedy,
+    sample,
+)
 from stagemesh.plan import NOT_FINITE, RowResult, SampledToken, Step
 
 # Logits of this many prompt tokens are held at once: their vocabulary may be large.
@@ -29,10 +34,14 @@ class _Answer:
 
 
 class RowSampler:
-    """`logits` maps hidden states [n, E] to logits [n, V] in float32."""
+    """`logits` maps hidden states [n, E] to logits [n, V] in float32, `greedy` to the likeliest
+    token of each, -1 where numbers are not finite."""
 
-    def __init__(self, logits: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, logits: Callable[[Tensor], Tensor], greedy: Callable[[Tensor], list[int]]
+    ) -> None:
         self._logits = logits
+        self._greedy = greedy
 
     def results(self, step: Step, placed: Rows[PlacedRow], hidden: Tensor) -> tuple[RowResult, ...]:
         """One result per row of the step, in order; rows that passed this stage by have no content.
@@ -40,6 +49,9 @@ class RowSampler:
         hidden: [T, E]. A row is in error if any of its own numbers is not finite.
         """
         answers: dict[int, _Answer] = defaultdict(_Answer)
+        if all(map(_is_plain_greedy, placed)):
+            self._add_greedy(placed, hidden, answers)
+            return tuple(_result(row.sequence_id, row.run, answers[id(row)]) for row in step.rows)
         finite = torch.isfinite(hidden).all(dim=1).tolist()
         for entry in placed:
             own = finite[entry.first : entry.first + entry.row.num_tokens]
@@ -48,6 +60,19 @@ class RowSampler:
         self._add_sampled(healthy, hidden, answers)
         self._add_prompt_logprobs(healthy, hidden, answers)
         return tuple(_result(row.sequence_id, row.run, answers[id(row)]) for row in step.rows)
+
+    def _add_greedy(
+        self, placed: Rows[PlacedRow], hidden: Tensor, answers: dict[int, _Answer]
+    ) -> None:
+        """The common case, in which the device need be waited for only once. What is not finite in
+        hidden states makes all logits NaN."""
+        tokens = self._greedy(hidden) if placed else []
+        for entry, token in zip(placed, tokens, strict=True):
+            answer, position = answers[id(entry.row)], entry.row.start + 1
+            answer.failed = token < 0
+            if not answer.failed:
+                answer.sampled.append(SampledToken(position, token))
+                entry.sequence.append(position, token)
 
     def _add_sampled(
         self, placed: Rows[PlacedRow], hidden: Tensor, answers: dict[int, _Answer]
@@ -85,6 +110,17 @@ class RowSampler:
                 answer.prompt_logprobs.append(
                     describe(logprobs[i], position + 1, token, alternatives)
                 )
+
+
+def _is_plain_greedy(entry: PlacedRow) -> bool:
+    """A lone token after which the likeliest one is chosen, and nothing told of it but its id."""
+    row, sequence = entry.row, entry.sequence
+    return (
+        row.num_tokens == 1
+        and len(row.sample_positions) == 1
+        and not row.logprob_positions
+        and is_plain_greedy(sequence.state.sampling)
+    )
 
 
 def _request(entry: PlacedRow, position: int) -> SampleRequest:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stage_worker.batched_draw import draw_rows, is_unfiltered
 from stage_worker.noise import gumbel, stream_of
 from stagemesh.plan import SampledToken
 from stagemesh.sampling import SamplingSpec
@@ -30,30 +31,72 @@ class SampleRequest:
     output_token_ids: Sequence[int]
 
 
+def is_plain_greedy(spec: SamplingSpec) -> bool:
+    """Whether the token is the likeliest by the model's own logits, and no more is told of it."""
+    return (
+        spec.temperature == 0
+        and spec.num_logprobs is None
+        and spec.repetition_penalty == 1.0
+        and not spec.presence_penalty
+        and not spec.frequency_penalty
+        and not spec.logit_bias
+        and not (spec.min_tokens and spec.stop_token_ids)
+    )
+
+
+def greedy_tokens(logits: Tensor) -> list[int]:
+    """logits: [R, V] -> the likeliest token of each row, -1 where numbers are not finite.
+
+    What `sample` chooses for such rows, in one transfer from the device.
+    """
+    finite = torch.isfinite(logits).all(dim=1)
+    tokens: list[int] = torch.where(finite, logits.argmax(dim=1), -1).tolist()
+    return tokens
+
+
 def sample(logits: Tensor, requests: Sequence[SampleRequest]) -> list[SampledToken | None]:
     """logits: float32 [R, V], overwritten -> a token per row, None where numbers are not finite."""
-    finite = torch.isfinite(logits).all(dim=1).tolist()
+    usable = torch.isfinite(logits).all(dim=1)
     for row, request in zip(logits, requests, strict=True):
         _adjust(row, request)
     greedy = logits.argmax(dim=1).tolist()  # the lowest id of equal ones
     logprobs = None
+    drawn: dict[int, int] = {}
     if any(r.spec.temperature > 0 or r.spec.num_logprobs is not None for r in requests):
         logprobs = logits.log_softmax(dim=1)
+        usable &= ~logprobs[:, 0].isnan()  # all are, where every token is masked
+        if logits.device.type == "cuda":
+            drawn = _draw_together(logprobs, requests)
     return [
-        _choose(request, greedy[i], None if logprobs is None else logprobs[i])
-        if finite[i]
+        _choose(request, greedy[i], None if logprobs is None else logprobs[i], drawn.get(i))
+        if is_usable
         else None
-        for i, request in enumerate(requests)
+        for i, (request, is_usable) in enumerate(zip(requests, usable.tolist(), strict=True))
     ]
 
 
-def _choose(request: SampleRequest, greedy: int, logprobs: Tensor | None) -> SampledToken | None:
+def _draw_together(logprobs: Tensor, requests: Sequence[SampleRequest]) -> dict[int, int]:
+    """Tokens of the rows for which every token is a candidate."""
+    some = [i for i, request in enumerate(requests) if is_unfiltered(request.spec)]
+    if not some:
+        return {}
+    tokens = draw_rows(
+        logprobs if len(some) == len(requests) else logprobs[some],
+        [requests[i].spec.temperature for i in some],
+        [stream_of(requests[i].spec.seed, requests[i].position) for i in some],
+    )
+    return dict(zip(some, tokens, strict=True))
+
+
+def _choose(
+    request: SampleRequest, greedy: int, logprobs: Tensor | None, drawn: int | None
+) -> SampledToken | None:
     spec, token = request.spec, greedy
     if logprobs is None:
         return SampledToken(request.position, token)
-    if bool(logprobs[greedy].isnan()):  # every token is masked
-        return None
-    if spec.temperature > 0:
+    if drawn is not None:
+        token = drawn
+    elif spec.temperature > 0:
         token = _draw(logprobs, spec, stream_of(spec.seed, request.position))
     if spec.num_logprobs is None:
         return SampledToken(request.position, token)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from stage_worker.block_ranges import BlockRange
@@ -33,6 +35,13 @@ class Sequence:
     frequencies: Tensor
     blocks: list[int] = field(default_factory=list)
     slots: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    _array: tuple[list[int], NDArray[np.int32]] | None = None
+
+    def block_array(self) -> NDArray[np.int32]:
+        """`blocks`, made once for each change of them."""
+        if self._array is None or self._array[0] is not self.blocks:
+            self._array = self.blocks, np.array(self.blocks, dtype=np.int32)
+        return self._array[1]
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -60,7 +69,10 @@ class Sequence:
 
     def append(self, position: int, token: int) -> None:
         """Token sampled for `position`; whatever was held from there on is replaced."""
-        self.outputs = [*self.history(position - 1), token]
+        if position == self.num_prompt_tokens + len(self.outputs):
+            self.outputs.append(token)
+        else:
+            self.outputs = [*self.history(position - 1), token]
 
     def token_at(self, position: int) -> int:
         """The known token at `position`."""

@@ -1,7 +1,7 @@
 """Triton kernel: attention of rows with one query each over paged KV, split over the context.
 
     R rows, H query heads, K KV heads, G = H / K, D head dim
-    O offset in a block, B blocks of a table
+    O offset in a block, M entries of all block tables, one after another
     W items: pieces of contexts, so many that they fill the device
 
 A program takes one item and one KV head, reads the item's pages through the row's block table, and
@@ -20,7 +20,6 @@ import triton.language as tl
 from torch import Tensor
 
 _LOG2_E = 1.4426950408889634
-_TILE_TOKENS = 64
 _MERGED_ITEMS = 8
 
 
@@ -108,7 +107,8 @@ def _decode(
     queries,  # [R, H, D], a row's at a distance of `query_stride`
     keys,  # [N * O, K, D]
     values,
-    tables,  # [R, B] int32
+    tables,  # [M] int32
+    offsets,  # [R] int32: where each row's table begins
     items,  # [W, 4] int32: row or -1, first position, end, number of the row's items
     firsts,  # [R] int32: the first item of each row
     partials,  # [W, H, D] float32
@@ -117,7 +117,6 @@ def _decode(
     output,  # [R, H, D]
     scale,
     query_stride,
-    table_stride,
     H: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -140,8 +139,9 @@ def _decode(
     own = (group < G)[:, None] & (dims < D)[None, :]
     at = row.to(tl.int64) * query_stride + heads[:, None] * D + dims[None, :]
     query = tl.load(queries + at, mask=own, other=0.0)
+    table = tables + tl.load(offsets + row)
     highest, total, sums = _attend_item(
-        query, keys, values, tables + row * table_stride, begin, end, kv_head, scale,
+        query, keys, values, table, begin, end, kv_head, scale,
         H // G * D, D, O, BLOCK_G, BLOCK_D, TILE,
     )  # fmt: skip
     if num_items == 1:
@@ -170,18 +170,15 @@ def decode_attention(
     keys: Tensor,
     values: Tensor,
     tables: Tensor,
+    offsets: Tensor,
     items: Tensor,
     firsts: Tensor,
     scratch: tuple[Tensor, Tensor, Tensor],
     output: Tensor,
-    *,
-    tile: int = _TILE_TOKENS,
-    num_warps: int = 4,
-    num_stages: int = 2,
 ) -> None:
-    """queries: [R, H, D]; keys, values: [N, O, K, D] -> output: [R, H, D].
+    """queries: [R, H, D]; keys, values: [N, O, K, D] -> output: [R, H, D], of rows with items.
 
-    tables, items and firsts as the kernel has them; scratch is what `decode_scratch` made.
+    Tables to firsts are as the kernel has them; scratch is what `decode_scratch` made.
     """
     _, num_heads, head_dim = queries.shape
     _, block_size, num_kv_heads, _ = keys.shape
@@ -193,6 +190,7 @@ def decode_attention(
         keys,
         values,
         tables,
+        offsets,
         items,
         firsts,
         partials,
@@ -201,7 +199,6 @@ def decode_attention(
         output,
         head_dim**-0.5 * _LOG2_E,
         queries.stride(0),
-        tables.stride(0),
         H=num_heads,
         G=group,
         D=head_dim,
@@ -209,11 +206,17 @@ def decode_attention(
         BLOCK_G=max(16, triton.next_power_of_2(group)),
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         BLOCK_GD=triton.next_power_of_2(group * head_dim),
-        TILE=tile,
+        TILE=_tile_tokens(head_dim, queries.itemsize),
         NUM_MERGED=_MERGED_ITEMS,
-        num_warps=num_warps,
-        num_stages=num_stages,
+        num_warps=4,
+        num_stages=2,
     )
+
+
+def _tile_tokens(head_dim: int, item_bytes: int) -> int:
+    """Positions that a program reads at once: what shared memory has room for."""
+    head_bytes = triton.next_power_of_2(head_dim) * item_bytes
+    return 128 if head_bytes <= 256 else 64 if head_bytes <= 512 else 32
 
 
 def decode_scratch(

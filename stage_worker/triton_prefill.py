@@ -1,6 +1,7 @@
 """Triton kernel: causal attention of rows with several queries each over paged KV.
 
-    T tokens, H query heads, K KV heads, G = H / K, D head dim, O offset in a block
+    T tokens, R rows, H query heads, K KV heads, G = H / K, D head dim
+    O offset in a block, M entries of all block tables, one after another
     M queries of a program: M / G tokens of a row, each with the G heads of one KV head
 
 A program takes some tokens of one row and one KV head, and walks through what they see: first the
@@ -10,6 +11,7 @@ queries sees are never read.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import triton
@@ -60,13 +62,13 @@ def _prefill(
     queries,  # [T, H, D], a token's at a distance of `query_stride`
     keys,  # [N * O, K, D]
     values,
-    tables,  # [R, B] int32
+    tables,  # [M] int32
+    offsets,  # [R] int32: where each row's table begins
     tiles,  # [P, 4] int32: row, first token, its position, number of tokens
     output,  # [T, H, D]
     scale,
     window,
     query_stride,
-    table_stride,
     H: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -89,7 +91,7 @@ def _prefill(
     at = (first + tokens).to(tl.int64) * query_stride + heads * D
     query = tl.load(queries + at[:, None] + dims[None, :], mask=own, other=0.0)
     last_seen = start + tokens
-    table = tables + row.to(tl.int64) * table_stride
+    table = tables + tl.load(offsets + row)
     highest = tl.full([BLOCK_M], -1e38, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -121,45 +123,59 @@ def prefill_attention(
     keys: Tensor,
     values: Tensor,
     tables: Tensor,
+    offsets: Tensor,
     tiles: Tensor,
     window: int | None,
     output: Tensor,
-    *,
-    block_m: int = 128,
-    tile: int = 64,
-    num_warps: int = 8,
-    num_stages: int = 3,
 ) -> None:
     """queries: [T, H, D]; keys, values: [N, O, K, D] -> output: [T, H, D], of the tiles' tokens."""
     _, num_heads, head_dim = queries.shape
     _, block_size, num_kv_heads, _ = keys.shape
     group = num_heads // num_kv_heads
+    sizes = _Sizes.of(head_dim, queries.itemsize)
     grid: Any = (tiles.shape[0], num_kv_heads)
     _prefill[grid](
         queries,
         keys,
         values,
         tables,
+        offsets,
         tiles,
         output,
         head_dim**-0.5 * _LOG2_E,
         window or 0,
         queries.stride(0),
-        tables.stride(0),
         H=num_heads,
         G=group,
         D=head_dim,
         O=block_size,
         BLOCK_G=triton.next_power_of_2(group),
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        BLOCK_M=block_m,
-        TILE=tile,
+        BLOCK_M=sizes.block_m,
+        TILE=sizes.tile,
         WINDOWED=window is not None,
-        num_warps=num_warps,
-        num_stages=num_stages,
+        num_warps=sizes.num_warps,
+        num_stages=2,
     )
 
 
-def tokens_per_tile(num_heads: int, num_kv_heads: int, block_m: int = 128) -> int:
+def tokens_per_tile(num_heads: int, num_kv_heads: int, head_dim: int, item_bytes: int) -> int:
     """How many tokens a program takes, at most."""
+    block_m = _Sizes.of(head_dim, item_bytes).block_m
     return max(1, block_m // triton.next_power_of_2(num_heads // num_kv_heads))
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """What a program has in shared memory at once, and its threads."""
+
+    block_m: int
+    tile: int
+    num_warps: int
+
+    @classmethod
+    def of(cls, head_dim: int, item_bytes: int) -> _Sizes:
+        head_bytes = triton.next_power_of_2(head_dim) * item_bytes
+        if head_bytes <= 256:
+            return cls(128, 128, 8)
+        return cls(128, 64, 8) if head_bytes <= 512 else cls(64, 32, 4)

@@ -1,8 +1,9 @@
 """Decode and prefill of a stage on a CUDA device, beside what the device could do at best.
 
 Weights are random and made on the spot; a second run with the same directory finds them there. The
-limits (bandwidth of a copy, rate of a matrix product) are measured in the same run. Decode is
-greedy, with all its steps' host work: from a step's plan to its tokens.
+limits (bandwidth, rate of a matrix product) are measured in the same run. Decode is greedy. Times
+are those of the stages one after another, each from a step's plan and input to its output with all
+of its host work; what lies between stages is not in them.
 
     python -m benchmarks.cuda_stage --shape 8b --workers 1
     python -m benchmarks.cuda_stage --shape 8b --workers 2      # half of the layers each, one card
@@ -11,10 +12,10 @@ greedy, with all its steps' host work: from a step's plan to its tokens.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -31,34 +32,31 @@ BLOCK_SIZE_TOKENS = 16
 def _decode(
     stages: Pipeline, plans: Plans, batch: int, context: int, steps: int, sampling: SamplingSpec
 ) -> float:
-    """Median seconds of a step."""
+    """Median seconds of a step, in the stages alone."""
     total = context + steps + 8
     sequences = [plans.sequence(context, total, sampling) for _ in range(batch)]
     for sequence in sequences:
         for row in sequence.chunks(2048):
-            (result,) = stages.execute(plans.step([row]))
+            (result,) = stages.execute(plans.step([row])).rows
             sequence.take(result)
     times_s = []
     for i in range(steps + 4):
-        started_s = time.perf_counter()
-        results = stages.execute(plans.step([sequence.decode() for sequence in sequences]))
-        for sequence, result in zip(sequences, results, strict=True):
+        done = stages.execute(plans.step([sequence.decode() for sequence in sequences]))
+        for sequence, result in zip(sequences, done.rows, strict=True):
             sequence.take(result)
         if i >= 4:
-            times_s.append(time.perf_counter() - started_s)
+            times_s.append(sum(done.stages_s))
     plans.end(sequences)
     return statistics.median(times_s)
 
 
 def _prefill(stages: Pipeline, plans: Plans, num_tokens: int, chunk: int, rounds: int) -> float:
-    """Seconds of the fastest of some prompts."""
+    """Seconds of the fastest of some prompts, in the stages alone."""
     times_s = []
     for _ in range(rounds):
         sequence: Planned = plans.sequence(num_tokens, num_tokens + 1, SamplingSpec(temperature=0))
-        started_s = time.perf_counter()
-        for row in sequence.chunks(chunk):
-            stages.execute(plans.step([row]))
-        times_s.append(time.perf_counter() - started_s)
+        steps = [plans.step([row]) for row in sequence.chunks(chunk)]
+        times_s.append(sum(sum(stages.execute(step).stages_s) for step in steps))
         plans.end([sequence])
     return min(times_s)
 
@@ -78,7 +76,8 @@ def _measure(
         found.append({
             "what": "decode", "batch": batch, "context": args.context, "step_ms": step_s * 1e3,
             "tokens_per_s": batch / step_s, "bytes": needed,
-            "of_bandwidth": needed / step_s / limits.bytes_per_s if limits else None,
+            "of_copy_bandwidth": needed / step_s / limits.copy_bytes_per_s if limits else None,
+            "of_read_bandwidth": needed / step_s / limits.read_bytes_per_s if limits else None,
         })  # fmt: skip
         print(json.dumps(found[-1]), flush=True)
     for num_tokens in args.prefill:
@@ -116,7 +115,8 @@ def main() -> None:
     limits = measure_limits(device) if device.type == "cuda" else None
     if limits is not None:
         print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}: copies at "
-              f"{limits.bytes_per_s / 1e12:.2f} TB/s, matrix products at "
+              f"{limits.copy_bytes_per_s / 1e12:.2f} TB/s, reads at "
+              f"{limits.read_bytes_per_s / 1e12:.2f} TB/s, matrix products at "
               f"{limits.flop_per_s / 1e12:.0f} TFLOP/s", flush=True)  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         model_dir = args.model_dir or Path(scratch)
@@ -134,7 +134,7 @@ def main() -> None:
             print(f"loaded in {stages.load_s} s", flush=True)
             found = _measure(stages, plans, shape, limits, args)
             result = {"shape": args.shape, "workers": args.workers, "load_s": stages.load_s,
-                      "limits": limits and [limits.bytes_per_s, limits.flop_per_s],
+                      "limits": limits and dataclasses.asdict(limits),
                       "measured": found}  # fmt: skip
     if args.json:
         args.json.write_text(json.dumps(result, indent=1))

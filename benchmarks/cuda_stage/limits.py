@@ -15,9 +15,11 @@ _MATRIX_SIZE = 8192
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`bytes_per_s`: read plus written by a copy within the device."""
+    """`copy_bytes_per_s`: read plus written by a copy within the device; `read_bytes_per_s`: read
+    by a sum, which is what decode is to be compared with, since it hardly writes."""
 
-    bytes_per_s: float
+    copy_bytes_per_s: float
+    read_bytes_per_s: float
     flop_per_s: float
 
 
@@ -25,12 +27,14 @@ def measure_limits(device: torch.device) -> Limits:
     source = torch.zeros(_COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy_s = _fastest_s(lambda: target.copy_(source))
+    numbers = source.view(torch.float32)
+    read_s = _fastest_s(lambda: numbers.sum())
     a, b = (
         torch.randn(_MATRIX_SIZE, _MATRIX_SIZE, dtype=torch.bfloat16, device=device)
         for _ in range(2)
     )
     product_s = _fastest_s(lambda: a @ b)
-    return Limits(2 * _COPY_BYTES / copy_s, 2 * _MATRIX_SIZE**3 / product_s)
+    return Limits(2 * _COPY_BYTES / copy_s, _COPY_BYTES / read_s, 2 * _MATRIX_SIZE**3 / product_s)
 
 
 def _fastest_s(work: Callable[[], object]) -> float:

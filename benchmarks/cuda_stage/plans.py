@@ -17,6 +17,7 @@ from stagemesh.plan import (
 from stagemesh.sampling import SamplingSpec
 
 EPOCH = Epoch(1, 1)
+PIPELINE = "benchmark"
 
 
 class Plans:
@@ -37,7 +38,7 @@ class Plans:
     def step(self, rows: list[Row]) -> Step:
         forget, self._forget = self._forget, ()
         self._num_steps += 1
-        return Step("benchmark", EPOCH, self._num_steps, tuple(rows), forget)
+        return Step(PIPELINE, EPOCH, self._num_steps, tuple(rows), forget)
 
     def sequence(self, prompt_tokens: int, total_tokens: int, sampling: SamplingSpec) -> Planned:
         self._num_sequences += 1

@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Protocol
 
+from benchmarks.cuda_stage.plans import PIPELINE
 from stagemesh.plan import RowResult, Span, Step
 
 
@@ -27,13 +28,21 @@ class StageConfig:
     block_size_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Executed:
+    """`stages_s`: how long each stage took, from a step's plan and input to its output."""
+
+    rows: tuple[RowResult, ...]
+    stages_s: tuple[float, ...]
+
+
 class Pipeline(Protocol):
     @property
     def load_s(self) -> list[float]:
         """Until each worker could take steps, its imports left out."""
         ...
 
-    def execute(self, step: Step) -> tuple[RowResult, ...]: ...
+    def execute(self, step: Step) -> Executed: ...
 
 
 class LocalStage:
@@ -42,10 +51,12 @@ class LocalStage:
     def __init__(self, config: StageConfig, num_layers: int) -> None:
         self._stage, load_s = _load(config, Span(0, num_layers))
         self.load_s = [load_s]
-        self._stage.join(stage=0, num_stages=1, num_blocks=config.num_blocks, keep_kv=False)
+        _join(self._stage, 0, 1)
 
-    def execute(self, step: Step) -> tuple[RowResult, ...]:
-        return self._stage.execute(step, b"", "").rows
+    def execute(self, step: Step) -> Executed:
+        started_s = time.perf_counter()
+        rows = self._stage.execute(step, b"", "").rows
+        return Executed(rows, (time.perf_counter() - started_s,))
 
 
 class StageProcesses:
@@ -66,14 +77,15 @@ class StageProcesses:
             self._processes.append(process)
         self.load_s = [pipe.recv() for pipe in self._pipes]
 
-    def execute(self, step: Step) -> tuple[RowResult, ...]:
-        payload, dtype, rows = b"", "", ()
+    def execute(self, step: Step) -> Executed:
+        payload, dtype, rows, stages_s = b"", "", (), []
         for pipe in self._pipes:
             pipe.send((step, dtype))
             pipe.send_bytes(payload)
-            dtype, rows = pipe.recv()
+            dtype, rows, stage_s = pipe.recv()
             payload = pipe.recv_bytes()
-        return rows
+            stages_s.append(stage_s)
+        return Executed(rows, tuple(stages_s))
 
     def close(self) -> None:
         for pipe in self._pipes:
@@ -113,12 +125,21 @@ def _load(config: StageConfig, span: Span):  # type: ignore[no-untyped-def]
     return stage, time.perf_counter() - started_s
 
 
+def _join(stage, place: int, num_stages: int) -> None:  # type: ignore[no-untyped-def]
+    blocks = stage.facts.blocks_for(stage.facts.num_blocks)
+    stage.join(
+        pipeline_id=PIPELINE, stage=place, num_stages=num_stages, blocks=blocks, keep_kv=False
+    )
+
+
 def _serve(pipe: Connection, config: StageConfig, span: Span, stage: int, num_stages: int) -> None:
     executor, load_s = _load(config, span)
-    executor.join(stage=stage, num_stages=num_stages, num_blocks=config.num_blocks, keep_kv=False)
+    _join(executor, stage, num_stages)
     pipe.send(load_s)
     while (message := pipe.recv()) is not None:
         step, dtype = message
-        output = executor.execute(step, pipe.recv_bytes(), dtype)
-        pipe.send((output.dtype, output.rows))
+        payload = pipe.recv_bytes()
+        started_s = time.perf_counter()
+        output = executor.execute(step, payload, dtype)
+        pipe.send((output.dtype, output.rows, time.perf_counter() - started_s))
         pipe.send_bytes(output.payload)

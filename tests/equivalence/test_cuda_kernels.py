@@ -3,11 +3,16 @@ interpreter where TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 
+import itertools
 import os
+import random
 
 import pytest
 import torch
+from support.paths import DEMO_MODEL
 from torch import Tensor
+
+from stagemesh.model_spec import ModelSpec
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(
@@ -30,6 +35,11 @@ def random_pages(
     keys, values = (torch.randn(shape, device=DEVICE).to(dtype) for _ in range(2))
     tables = torch.stack([torch.randperm(NUM_BLOCKS)[:TABLE_BLOCKS] for _ in range(num_rows)])
     return keys, values, tables.int().to(DEVICE)
+
+
+def offsets_of(tables: Tensor) -> Tensor:
+    """Where each row's table begins among all entries."""
+    return torch.arange(len(tables), dtype=torch.int32, device=DEVICE) * tables.shape[1]
 
 
 def attention(
@@ -82,7 +92,8 @@ def test_decode(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> None:
                 queries,
                 keys,
                 values,
-                tables,
+                tables.flatten(),
+                offsets_of(tables),
                 torch.tensor(items, dtype=torch.int32, device=DEVICE),
                 torch.tensor(firsts, dtype=torch.int32, device=DEVICE),
                 scratch,
@@ -108,7 +119,7 @@ def test_prefill(sizes: tuple[int, int, int, int], window: int | None, dtype: to
     num_tokens = sum(count for _, count in rows)
     queries = torch.randn(num_tokens, num_heads + 3, head_dim, device=DEVICE).to(dtype)
     queries = queries[:, :num_heads]
-    size = tokens_per_tile(num_heads, num_kv_heads)
+    size = tokens_per_tile(num_heads, num_kv_heads, head_dim, dtype.itemsize)
     tiles = []
     first = 0
     for row, (start, count) in enumerate(rows):
@@ -116,7 +127,9 @@ def test_prefill(sizes: tuple[int, int, int, int], window: int | None, dtype: to
         first += count
     output = torch.full((num_tokens, num_heads, head_dim), 9.0, device=DEVICE, dtype=dtype)
     tile_tensor = torch.tensor(tiles, dtype=torch.int32, device=DEVICE)
-    prefill_attention(queries, keys, values, tables, tile_tensor, window, output)
+    prefill_attention(
+        queries, keys, values, tables.flatten(), offsets_of(tables), tile_tensor, window, output
+    )
     first = 0
     for row, (start, count) in enumerate(rows):
         own = slice(first, first + count)
@@ -151,3 +164,99 @@ def test_matvec(num_outputs: int, num_inputs: int, early: bool, dtype: torch.dty
     for got, expected in cases:
         difference = (got.float() - expected).abs() / (1 + expected.abs())
         assert float(difference.max()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(3, 100), (2, 4096)], ids=str)
+def test_norms_and_gate(size: tuple[int, int], dtype: torch.dtype) -> None:
+    from stage_worker.triton_layer import add_norm, gate, norm
+
+    torch.manual_seed(0)
+    hidden, delta = (torch.randn(size, device=DEVICE).to(dtype) for _ in range(2))
+    weight = torch.randn(size[1], device=DEVICE).to(dtype)
+    both = torch.randn(size[0], 2 * size[1], device=DEVICE).to(dtype)
+    assert _differ(norm(hidden, weight, 1e-5), _normed(hidden, weight)) < TOLERANCE[dtype]
+    added = (hidden.float() + delta.float()).to(dtype)
+    assert _differ(add_norm(hidden, delta, weight, 1e-5), _normed(added, weight)) < TOLERANCE[dtype]
+    assert torch.equal(hidden, added)
+    first, second = both.float().chunk(2, dim=1)
+    assert _differ(gate(both), torch.nn.functional.silu(first) * second) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_rotation(sizes: tuple[int, int, int, int], normed: bool, dtype: torch.dtype) -> None:
+    from stage_worker.rope import rotate
+    from stage_worker.triton_layer import rotate_and_write
+
+    torch.manual_seed(0)
+    num_heads, num_kv_heads, head_dim, _ = sizes
+    heads = torch.randn(5, num_heads + 2 * num_kv_heads, head_dim, device=DEVICE).to(dtype)
+    angle = torch.randn(5, 1, head_dim // 2, device=DEVICE)
+    norms = tuple(torch.randn(head_dim, device=DEVICE).to(dtype) for _ in range(2))
+    keys, values, _ = random_pages(sizes, 1, dtype)
+    slots = torch.tensor([7, 0, -1, 30, 12], dtype=torch.int32, device=DEVICE)
+    before = keys.clone(), values.clone()
+    found = rotate_and_write(
+        heads, angle.cos(), angle.sin(), slots, keys, values, norms if normed else None, 1e-5
+    )
+    parts = torch.split(heads.float(), [num_heads, num_kv_heads, num_kv_heads], dim=1)
+    queries, new_keys = (
+        rotate(_normed(x, norm) if normed else x, angle.cos(), angle.sin())
+        for x, norm in zip(parts, norms, strict=False)
+    )
+    assert _differ(found, queries) < TOLERANCE[dtype]
+    written = (slots >= 0).nonzero().flatten()
+    for pages, old, new in zip((keys, values), before, (new_keys, parts[2]), strict=True):
+        expected = old.flatten(0, 1).float()
+        expected[slots[written].long()] = new[written]
+        assert _differ(pages.flatten(0, 1), expected) < TOLERANCE[dtype]
+
+
+def _normed(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.float()
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * weight.float()
+
+
+def _differ(found: Tensor, expected: Tensor) -> float:
+    return float(((found.float() - expected).abs() / (1 + expected.abs())).max())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [300, 9000])
+def test_likeliest_tokens(vocab: int, dtype: torch.dtype) -> None:
+    from stage_worker.sampler import greedy_tokens
+    from stage_worker.triton_greedy import likeliest
+
+    torch.manual_seed(0)
+    logits = torch.randn(7, vocab, device=DEVICE).to(dtype)
+    logits[1, 17] = logits[1, 200] = logits[1].max() + 1  # of equal ones the lowest
+    logits[2, 3], logits[3, -1], logits[4, 5] = float("nan"), float("inf"), -float("inf")
+    logits[5] = -logits[5].abs() - 1  # nothing is above what is padded
+    found = likeliest(logits).tolist()
+    assert found == greedy_tokens(logits.float())
+    assert found[1:5] == [17, -1, -1, -1]
+
+
+def test_items_cover_every_context_once() -> None:
+    from stage_worker.cuda_attention import CudaAttention, Span
+
+    spec = ModelSpec.from_directory(DEMO_MODEL)
+    attention = CudaAttention(spec, torch.float32, torch.device(DEVICE))
+    generator = random.Random(0)
+    for num_rows, longest, window in itertools.product(
+        (1, 3, 20, 200), (300, 40000), (None, 100, 1000)
+    ):
+        rows = [Span(i, 1, generator.randrange(longest)) for i in range(num_rows)]
+        numbers, firsts = attention.plan_items(rows, window)
+        items = torch.tensor(numbers).view(-1, 4)
+        assert len(items) <= attention.max_items(num_rows)
+        for row, first in zip(rows, firsts, strict=True):
+            own = items[first : first + items[first, 3]]
+            assert (own[:, 0] == row.first).all()
+            assert (own[:, 3] == len(own)).all()
+            assert own[0, 1] == (0 if window is None else max(0, row.start + 1 - window))
+            assert own[-1, 2] == row.start + 1
+            assert (own[1:, 1] == own[:-1, 2]).all()
+            assert (own[:, 1] < own[:, 2]).all()

@@ -1,0 +1,93 @@
+"""What executes a stage's passes: a builder of batches, and the decoder that takes them.
+
+Which of them a stage has depends on its device only. Kernels of a device are not imported before a
+stage is loaded on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from stage_worker.batch import BatchBuilder, PlacedRow
+from stage_worker.decoder import Decoder
+from stage_worker.kernels import Kernels
+from stage_worker.kv_cache import KvCache
+from stage_worker.rope import inverse_frequencies
+from stage_worker.weights import StageWeights
+from stagemesh.model_spec import ModelSpec
+
+B_co = TypeVar("B_co", covariant=True)
+B_contra = TypeVar("B_contra", contravariant=True)
+
+
+class StageBatch(Protocol):
+    @property
+    def slots(self) -> Tensor:
+        """[T] int64: where the keys and values of the pass's tokens lie."""
+        ...
+
+
+class Batches(Protocol[B_co]):
+    def build(self, placed: Sequence[PlacedRow], stage: int) -> B_co:
+        """The pass of `placed`, at least one row, on the stage of this number."""
+        ...
+
+
+class StageDecoder(Protocol[B_contra]):
+    def forward(self, hidden: Tensor | None, batch: B_contra) -> Tensor:
+        """[T, E], which may be changed -> [T, E] through the stage's layers; writes their KV.
+
+        On the first stage there is no input: it embeds the batch's token ids. The result may be
+        overwritten by the next call.
+        """
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[T, E] -> [T, V] float32; on the last stage."""
+        ...
+
+    def greedy(self, hidden: Tensor) -> list[int]:
+        """[T, E] -> the likeliest token of each, -1 where numbers are not finite."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """A decoder and the builder of what it takes."""
+
+    batches: Batches[Any]
+    decoder: StageDecoder[Any]
+
+
+def make_decoding(
+    spec: ModelSpec,
+    windows: Sequence[int | None],
+    weights: StageWeights,
+    cache: KvCache,
+    kernels: Kernels,
+    dtype: torch.dtype,
+) -> Decoding:
+    """For the device that the cache's pages are on; ready to take steps."""
+    if cache.keys[0].device.type == "cuda":
+        return cuda_decoding(spec, windows, weights, cache, dtype)
+    batches = BatchBuilder(windows, spec.rope, kernels.attention, cache, dtype)
+    return Decoding(batches, Decoder(spec, windows, weights, cache, kernels, dtype))
+
+
+def cuda_decoding(
+    spec: ModelSpec,
+    windows: Sequence[int | None],
+    weights: StageWeights,
+    cache: KvCache,
+    dtype: torch.dtype,
+) -> Decoding:
+    from stage_worker.cuda_decoder import CudaDecoder
+
+    decoder = CudaDecoder(spec, windows, weights, cache, dtype)
+    decoder.prepare(inverse_frequencies(spec.rope, spec.head_dim, 0))
+    return Decoding(decoder.batch_builder(), decoder)
