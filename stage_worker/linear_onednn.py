@@ -5,6 +5,9 @@
 `OneDnnLinear` is as fast as torch's own at one row and faster from two on. With AVX2 packing gains
 nothing more; with AVX-512 it does, and costs a lone row something: benchmarks/RESULTS.md.
 
+oneDNN makes and keeps code for every number of rows that it meets, half a megabyte for a matrix,
+and torch keeps a thousand of those: so numbers of rows are rounded up to few.
+
 A packed layer's row has the same bits whatever number of rows it comes with, from 2 on; a lone row
 is therefore computed beside a copy of itself. Measured, not promised by oneDNN: the equivalence
 tests hold it to that.
@@ -12,6 +15,7 @@ tests hold it to that.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -19,12 +23,15 @@ from torch import Tensor
 
 from stage_worker.linear import LinearSource, PlainLinear
 
+# Numbers of rows up to the first are rounded up to multiples of the second.
+_ROW_STEPS = ((16, 4), (64, 16), (256, 32), (512, 64), (sys.maxsize, 128))
+
 
 class OneDnnLinear(PlainLinear):
     def __call__(self, x: Tensor) -> Tensor:
         if x.shape[0] == 0:
             return x.new_empty(0, self.weight.shape[0])
-        return _product(x, self.weight, self.bias)
+        return _product(_padded(x), self.weight, self.bias)[: x.shape[0]]
 
 
 class PackedLinear:
@@ -58,6 +65,7 @@ class PackedLinear:
             return x.new_empty(0, sum(piece.shape[0] for piece, _ in self._pieces))
         if num_rows == 1:
             x = x.expand(2, -1).contiguous()
+        x = _padded(x)
         outputs = [_product(x, piece, bias) for piece, bias in self._pieces]
         whole = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         return whole[:num_rows]
@@ -65,6 +73,25 @@ class PackedLinear:
 
 def is_available() -> bool:
     return bool(torch._C._has_mkldnn)
+
+
+def num_kernel_rows(num_rows: int) -> int:
+    """At least `num_rows`: one of some 20 numbers up to 512, and one of 8 for each 1024 beyond."""
+    if num_rows <= 4:
+        return num_rows
+    step = next(step for limit, step in _ROW_STEPS if num_rows <= limit)
+    return -(-num_rows // step) * step
+
+
+def _padded(x: Tensor) -> Tensor:
+    """[T, I] -> [T', I], zeros after the rows."""
+    num_rows = x.shape[0]
+    num_wanted = num_kernel_rows(num_rows)
+    if num_wanted == num_rows:
+        return x
+    padded = x.new_zeros(num_wanted, x.shape[1])
+    padded[:num_rows] = x
+    return padded
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

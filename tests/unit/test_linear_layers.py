@@ -14,7 +14,7 @@ from stage_worker.linear_half import HalfLinear
 from stage_worker.linear_int4 import Int4Linear
 from stage_worker.linear_int4 import held_bytes as int4_bytes
 from stage_worker.linear_int8 import Int8Linear
-from stage_worker.linear_onednn import OneDnnLinear, PackedLinear
+from stage_worker.linear_onednn import OneDnnLinear, PackedLinear, num_kernel_rows
 from stage_worker.quantise import to_int4, to_int8
 from stage_worker.weight_source import Codes, FloatSource
 
@@ -205,3 +205,11 @@ def test_layers_are_made_in_pieces() -> None:
     x = torch.randn(3, 1024)
     got = PackedLinear.make(source)(x)
     assert torch.allclose(got, x @ weight.t(), atol=1e-3)
+
+
+def test_onednn_meets_few_numbers_of_rows() -> None:
+    """For each of them it keeps code, for as long as the process lives."""
+    met = {num_rows: num_kernel_rows(num_rows) for num_rows in range(1, 2049)}
+    assert all(num_rows <= padded for num_rows, padded in met.items())
+    assert max(padded / num_rows for num_rows, padded in met.items() if num_rows > 16) < 2
+    assert len(set(met.values())) <= 32
