@@ -34,7 +34,7 @@ CONFIG = {
 }
 MAX_SHARE = 1.15
 # What is quantised is a piece at a time; few pieces are much against few layers.
-MAX_PIECES_BYTES = 4 * 4 * PIECE_WEIGHTS
+MAX_PIECES_BYTES = 6 * 4 * PIECE_WEIGHTS
 Case = tuple[int, int, str, bool, str]
 CASES: list[Case] = [
     (0, 8, "float32", False, "auto"),

@@ -20,14 +20,16 @@ def caught(check_integrity: bool = False, max_seeds: int = MAX_SEEDS) -> Excepti
     return _first_failure(lambda seed: World(seed, check_integrity=check_integrity), max_seeds)
 
 
-def caught_in_mesh(max_seeds: int = MAX_SEEDS, num_replicas: int = 0) -> Exception:
+def caught_in_mesh(
+    max_seeds: int = MAX_SEEDS, num_replicas: int = 0, first_seed: int = 0
+) -> Exception:
     """In the larger world; with a number of replicas, in meshes that have them and no spare."""
 
     def make(seed: int) -> MeshWorld:
         scenario = draw_mesh(Random(seed), num_replicas) if num_replicas else None
         return MeshWorld(seed, scenario=scenario, check_integrity=False)
 
-    return _first_failure(make, max_seeds)
+    return _first_failure(make, max_seeds, first_seed)
 
 
 def caught_in(scenario: MeshScenario) -> Exception:
@@ -35,8 +37,8 @@ def caught_in(scenario: MeshScenario) -> Exception:
     return _first_failure(lambda seed: MeshWorld(seed, scenario=scenario), 1)
 
 
-def _first_failure(make: Callable[[int], Any], max_seeds: int) -> Exception:
-    for seed in range(max_seeds):
+def _first_failure(make: Callable[[int], Any], max_seeds: int, first_seed: int = 0) -> Exception:
+    for seed in range(first_seed, first_seed + max_seeds):
         try:
             make(seed).run()
         except Exception as error:

@@ -16,7 +16,6 @@ from simulation.stage_memory import MemoryPart
 from simulation.uneven_replicas import (
     SCENARIOS,
     kv_is_written_over,
-    kv_is_written_over_in_part,
     kv_lies_at_the_end,
     pages_are_fetched_for_long,
 )
@@ -85,7 +84,8 @@ def test_kv_of_blocks_that_were_another_s_meanwhile(monkeypatch: pytest.MonkeyPa
         return room
 
     monkeypatch.setattr(KvHolders, "left_of", all_of_it)
-    assert is_wrong_token(caught_in(kv_is_written_over_in_part()))
+    # It takes much to come together; one of the next few seeds has it.
+    assert is_wrong_token(caught_in_mesh(num_replicas=2, first_seed=325))
 
 
 def test_kv_that_lies_at_the_other_end(monkeypatch: pytest.MonkeyPatch) -> None:

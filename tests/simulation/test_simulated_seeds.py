@@ -8,7 +8,7 @@ import pytest
 from simulation.seeds import check_seed
 from simulation.world import World
 
-NUM_SEEDS = 1248
+NUM_SEEDS = 960
 SEEDS_PER_TEST = 96
 
 

@@ -97,7 +97,7 @@ def pages_are_fetched_for_long() -> MeshScenario:
     pipeline begins an epoch meanwhile."""
     handed_over_ns = 3808 * MS
     return uneven_replicas(
-        (*streams(2 * S, 4, max_tokens=4), *streams(3300 * MS, 6, first=4)),
+        (*streams(2 * S, 4, max_tokens=4), *streams(3300 * MS, 8, first=4)),
         Fault(3 * S, "crash", "a0", 500 * MS),
         Fault(handed_over_ns, "freeze", "a0", 1400 * MS),
         Fault(handed_over_ns + 20 * MS, "data", "b1"),
