@@ -8,11 +8,11 @@ What such a model says is of no matter; what it reads and multiplies is.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from stage_worker.layout import Shape, all_parts, part_tensors
@@ -50,34 +50,19 @@ def make_checkpoint(out: Path, shape: ModelShape, device: torch.device) -> int:
     for part in all_parts(spec):
         tensors = part_tensors(spec, part)
         file_of.update(dict.fromkeys(tensors, f"{part}.safetensors"))
-        num_bytes += _write(out / f"{part}.safetensors", tensors, generator)
+        made = {name: _random(size, generator) for name, size in tensors.items()}
+        save_file(made, out / f"{part}.safetensors")
+        num_bytes += sum(tensor.nbytes for tensor in made.values())
     index = {"metadata": {"total_size": num_bytes}, "weight_map": file_of}
     (out / "model.safetensors.index.json").write_text(json.dumps(index))
     return num_bytes
 
 
-def _write(path: Path, tensors: dict[str, Shape], generator: torch.Generator) -> int:
-    """A safetensors file, written tensor by tensor: a header's length, the header, the bytes."""
-    header, offset = {}, 0
-    for name, size in tensors.items():
-        end = offset + 2 * torch.Size(size).numel()
-        header[name] = {"dtype": "BF16", "shape": size, "data_offsets": [offset, end]}
-        offset = end
-    told = json.dumps(header).encode()
-    told += b" " * (-len(told) % 8)
-    with path.open("wb") as file:
-        file.write(len(told).to_bytes(8, "little") + told)
-        for tensor in _random(tensors, generator):
-            file.write(tensor.view(torch.uint8).numpy().data)
-    return offset
-
-
-def _random(tensors: dict[str, Shape], generator: torch.Generator) -> Iterator[Tensor]:
-    for size in tensors.values():
-        tensor = torch.ones(size, dtype=torch.bfloat16, device=generator.device)
-        if len(size) > 1:
-            tensor.normal_(std=size[-1] ** -0.5, generator=generator)
-        yield tensor.cpu()
+def _random(size: Shape, generator: torch.Generator) -> Tensor:
+    tensor = torch.ones(size, dtype=torch.bfloat16, device=generator.device)
+    if len(size) > 1:
+        tensor.normal_(std=size[-1] ** -0.5, generator=generator)
+    return tensor.cpu()
 
 
 def _config(shape: ModelShape) -> dict[str, object]:
