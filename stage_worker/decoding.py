@@ -21,15 +21,16 @@ from stage_worker.rope import inverse_frequencies
 from stage_worker.weights import StageWeights
 from stagemesh.model_spec import ModelSpec
 
-B_co = TypeVar("B_co", covariant=True)
-B_contra = TypeVar("B_contra", contravariant=True)
-
 
 class StageBatch(Protocol):
     @property
     def slots(self) -> Tensor:
         """[T] int64: where the keys and values of the pass's tokens lie."""
         ...
+
+
+B_co = TypeVar("B_co", bound=StageBatch, covariant=True)
+B_contra = TypeVar("B_contra", bound=StageBatch, contravariant=True)
 
 
 class Batches(Protocol[B_co]):
