@@ -36,18 +36,20 @@ class Epoch(_message.Message):
     def __init__(self, term: _Optional[int] = ..., n: _Optional[int] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("pipeline_id", "epoch", "step", "forget", "rows")
+    __slots__ = ("pipeline_id", "epoch", "step", "forget", "rows", "alone")
     PIPELINE_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     FORGET_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
+    ALONE_FIELD_NUMBER: _ClassVar[int]
     pipeline_id: str
     epoch: Epoch
     step: int
     forget: _containers.RepeatedCompositeFieldContainer[SequenceRun]
     rows: _containers.RepeatedCompositeFieldContainer[Row]
-    def __init__(self, pipeline_id: _Optional[str] = ..., epoch: _Optional[_Union[Epoch, _Mapping]] = ..., step: _Optional[int] = ..., forget: _Optional[_Iterable[_Union[SequenceRun, _Mapping]]] = ..., rows: _Optional[_Iterable[_Union[Row, _Mapping]]] = ...) -> None: ...
+    alone: bool
+    def __init__(self, pipeline_id: _Optional[str] = ..., epoch: _Optional[_Union[Epoch, _Mapping]] = ..., step: _Optional[int] = ..., forget: _Optional[_Iterable[_Union[SequenceRun, _Mapping]]] = ..., rows: _Optional[_Iterable[_Union[Row, _Mapping]]] = ..., alone: bool = ...) -> None: ...
 
 class SequenceRun(_message.Message):
     __slots__ = ("sequence_id", "run")

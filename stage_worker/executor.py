@@ -86,6 +86,7 @@ class StageExecutor:
         keys = loaded.cache.keys[0]
         self._dtype, self._device = keys.dtype, keys.device
         self.wire_dtype = loaded.wire_dtype  # of hidden states that come and go
+        self._threads = loaded.threads
         self._sampler = RowSampler(self._decoder.logits, self._decoder.greedy)
         # By whether its blocks are those from the end. Replaced, never changed: `num_sequences` is
         # asked by the event loop.
@@ -167,6 +168,7 @@ class StageExecutor:
         what this stage holds.
         """
         tenancy = self._tenancy_of(step)
+        self._threads.set_for(step)
         for gone in step.forget:
             tenancy.sequences.forget(gone)
         work = self._take_rows(step, tenancy)

@@ -20,6 +20,7 @@ from stage_worker.kv_cache import KvCache, LogCost, block_bytes, choose_num_bloc
 from stage_worker.linear_schemes import Numerics
 from stage_worker.memory import available_bytes, trim
 from stage_worker.payload import resolve_wire_dtype
+from stage_worker.thread_counts import ThreadCounts
 from stage_worker.weights import WeightLoader
 from stagemesh.errors import ConfigError, OutOfMemory
 from stagemesh.model_spec import ModelSpec
@@ -31,7 +32,8 @@ from stagemesh.quantization import AS_STORED, Quantization
 class ExecutorConfig:
     """`dtype` may be "auto", `wire_dtype` too: what is computed with. KV: `num_blocks` where given,
     else what fits the memory. The log has as many blocks where `max_log_memory_bytes` is None and
-    the host has room; 0 is for no log.
+    the host has room; 0 is for no log. `lone_threads`: of steps that are alone in their pipeline;
+    0: as of all steps.
     """
 
     model_dir: Path
@@ -45,6 +47,7 @@ class ExecutorConfig:
     max_log_memory_bytes: int | None = None
     wire_dtype: str = "auto"
     quantization: Quantization = AS_STORED
+    lone_threads: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,7 @@ class LoadedStage:
     log: BoundaryLog
     facts: ExecutorFacts
     wire_dtype: str
+    threads: ThreadCounts
 
 
 def resolve_dtype(dtype: str, spec: ModelSpec, device: torch.device) -> str:
@@ -132,7 +136,8 @@ def load_stage(config: ExecutorConfig, on_progress: Callable[[int, int], None]) 
         num_log_blocks=log.num_blocks,
     )
     wire_dtype = resolve_wire_dtype(config.wire_dtype, dtype)
-    return LoadedStage(spec, config.span, decoding, cache, log, facts, wire_dtype)
+    threads = ThreadCounts(config.lone_threads)
+    return LoadedStage(spec, config.span, decoding, cache, log, facts, wire_dtype, threads)
 
 
 class _Progress:

@@ -77,6 +77,13 @@ class WorkerOptions:
     threads: int = option(
         0, help="threads for arithmetic; 0: OMP_NUM_THREADS or all cores", minimum=0, maximum=1024
     )
+    lone_threads: int = option(
+        0,
+        help="threads for a step that is alone in its pipeline: where other stages share this "
+        "host, their cores are idle meanwhile; 0: as otherwise",
+        minimum=0,
+        maximum=1024,
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -88,7 +95,11 @@ class WorkerOptions:
                 raise ConfigError(f"--{name}: {error}") from None
         if self.layers is not None and not 0 <= self.layers.start < self.layers.end:
             raise ConfigError(f"--layers must be FIRST:END with FIRST < END, not {self.layers}")
-
+        if self.batch_invariant and self.lone_threads:
+            raise ConfigError(
+                "--lone-threads makes numbers depend on what else is under way, which "
+                "--batch-invariant rules out"
+            )
         if self.batch_invariant and self.wire_dtype not in ("auto", "float32"):
             raise ConfigError(
                 f"--wire-dtype {self.wire_dtype} makes numbers depend on where the model is cut, "

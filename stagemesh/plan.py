@@ -89,7 +89,8 @@ class Row(NamedTuple):
 class Step:
     """One microbatch's pass through a pipeline. `step` counts from 0 within the epoch.
 
-    Stages forget the sequences of `forget` first, then execute `rows`.
+    Stages forget the sequences of `forget` first, then execute `rows`. `alone`: nothing else is
+    under way in the pipeline, nor will be before the result; other stages are idle meanwhile.
     """
 
     pipeline_id: str
@@ -97,6 +98,7 @@ class Step:
     step: int
     rows: tuple[Row, ...]
     forget: tuple[SequenceRun, ...] = ()
+    alone: bool = False
 
     @property
     def num_tokens(self) -> int:

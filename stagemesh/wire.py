@@ -197,6 +197,7 @@ def step_to_proto(step: Step) -> plan_pb2.Step:
         step=step.step,
         forget=[sequence_run_to_proto(run) for run in step.forget],
         rows=[row_to_proto(row) for row in step.rows],
+        alone=step.alone,
     )
 
 
@@ -208,6 +209,7 @@ def step_from_proto(message: plan_pb2.Step) -> Step:
         step=message.step,
         rows=tuple(row_from_proto(row) for row in message.rows),
         forget=tuple(sequence_run_from_proto(run) for run in message.forget),
+        alone=message.alone,
     )
 
 

@@ -68,7 +68,10 @@ def _one(
     environments.convert(peer, peer_dtype)
     if args.prepare:
         return []
-    options = ("--model", str(environments.model), "--threads", str(args.threads))
+    options = (
+        *("--model", str(environments.model)),
+        *("--threads", str(args.threads), "--stages", str(args.stages)),
+    )
     out = str(environments.converted(peer, peer_dtype))
     serve = environments.command(peer, "serve", *options, "--dtype", peer_dtype, "--out", out)
     ours = environments.command(OURS, "serve", *options, "--dtype", dtype)
@@ -129,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="float32", help="float32,int8,int4")
     parser.add_argument("--size", choices=SIZES, default="1.1b")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--stages", type=int, default=1, help="processes, each with its threads")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
     parser.add_argument("--prompt-tokens", type=int, default=DECODE_PROMPT_TOKENS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,8 @@ OURS = "stagemesh"
 # optimum-intel asks for it, text needs none, and where torch is a build for the CPU the index has
 # only one for CUDA, which does not load beside it.
 _UNWANTED = {"openvino": ("torchvision",)}
+# What a package is built with, where it is built: llama.cpp's servers for parts of a model.
+_BUILD = {"llama_cpp": {"CMAKE_ARGS": "-DGGML_RPC=ON"}}
 PEERS = ("transformers", "ctranslate2", "openvino", "llama_cpp")
 
 
@@ -60,7 +63,11 @@ class Environments:
         print(f"making the environment of {peer}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
         install = [str(self.python(peer)), "-m", "pip", "install", "--quiet"]
-        subprocess.run([*install, "-r", str(REQUIREMENTS / f"{peer}.txt")], check=True)
+        subprocess.run(
+            [*install, "-r", str(REQUIREMENTS / f"{peer}.txt")],
+            check=True,
+            env={**os.environ, **_BUILD.get(peer, {})},
+        )
         if unwanted := _UNWANTED.get(peer):
             remove = [str(self.python(peer)), "-m", "pip", "uninstall", "--quiet", "-y"]
             subprocess.run([*remove, *unwanted], check=True)

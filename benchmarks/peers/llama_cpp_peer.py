@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peers.llama_cpp_rpc import RpcServers
 from benchmarks.peers.protocol import Engine, Options, Peer, Timing, main
 
 _FILE = "model.gguf"
@@ -37,6 +38,7 @@ _NAMES = {
 class LlamaCppPeer(Peer):
     name = "llama_cpp_peer"
     dtypes = tuple(_TYPES)
+    is_divisible = True
 
     def convert(self, options: Options) -> None:
         options.out.mkdir(parents=True)
@@ -52,7 +54,8 @@ class LlamaCppPeer(Peer):
 
 
 class _Contexts(Engine):
-    """A context for each batch, made before its time is taken."""
+    """A context for each batch, made before its time is taken. Several stages are as many servers
+    of its RPC backend, with the same number of layers each."""
 
     def __init__(self, options: Options) -> None:
         import llama_cpp
@@ -61,12 +64,17 @@ class _Contexts(Engine):
         self._lib.llama_backend_init()
         self._threads = options.threads
         params = self._lib.llama_model_default_params()
+        self._servers = RpcServers(options.stages if options.stages > 1 else 0, options.threads)
+        self._servers.give_layers(params)
         self._model = self._lib.llama_model_load_from_file(
             str(options.out / _FILE).encode(), params
         )
         if not self._model:
             raise SystemExit(f"{options.out / _FILE} could not be loaded")
         self._vocab_size = json.loads((options.model / "config.json").read_text())["vocab_size"]
+
+    def close(self) -> None:
+        self._servers.close()
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Timing:
         length = len(prompts[0])
@@ -147,6 +155,7 @@ def _write_gguf(options: Options) -> None:
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             which = "num_attention_heads" if "q_proj" in name else "num_key_value_heads"
             weight = _interleaved(weight, config[which])
+        weight = weight.astype("float32")
         if weight.ndim == 1 or kind is gguf.GGMLQuantizationType.F32:
             writer.add_tensor(_renamed(name), weight)
         else:

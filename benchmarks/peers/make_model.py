@@ -1,31 +1,34 @@
-"""Makes the checkpoint that all peers are made from: a Llama with random weights, float32.
+"""Makes the checkpoint that all peers are made from: a Llama with random weights.
 
     python -m benchmarks.peers.make_model /tmp/llama-1.1b --size 1.1b
 
-Its size is TinyLlama's, or smaller ones for trying things out. The tokenizer is the demo model's,
-filled up to the size of the vocabulary with tokens that no text contains: speed does not ask what
-is said, and every id has a text of its own.
+Its size is TinyLlama's, in 16 bits as such models are published or in 32, or smaller ones for
+trying things out. The tokenizer is the demo model's, filled up to the size of the vocabulary with
+tokens that no text contains: speed does not ask what is said, and every id has a text of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.recovery.random_model import TOKENIZER, TOKENIZER_SIZE, ModelShape, make
 
+_TINY_LLAMA = ModelShape(
+    num_layers=22,
+    hidden_size=2048,
+    intermediate_size=5632,
+    num_heads=32,
+    num_kv_heads=4,
+    max_tokens=2048,
+    vocab_size=32000,
+    tied=False,
+)
 SIZES = {
-    "1.1b": ModelShape(
-        num_layers=22,
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_heads=32,
-        num_kv_heads=4,
-        max_tokens=2048,
-        vocab_size=32000,
-        tied=False,
-    ),
+    "1.1b": replace(_TINY_LLAMA, stored="float16"),
+    "1.1b-float32": _TINY_LLAMA,
     "130m": ModelShape(
         num_layers=8,
         hidden_size=1024,

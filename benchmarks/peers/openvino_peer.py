@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.peers.protocol import Engine, Options, Peer, Timing, main
 
@@ -43,23 +44,26 @@ class OpenVinoPeer(Peer):
         }
 
 
+def pipeline_of(converted: Path, threads: int) -> Any:
+    """A `ContinuousBatchingPipeline` that computes in float32, as ours does; no prefix cache."""
+    import openvino_genai as genai
+
+    limits = genai.SchedulerConfig()
+    limits.max_num_batched_tokens = _MAX_STEP_TOKENS
+    limits.max_num_seqs = 256
+    limits.cache_size = _CACHE_GIB
+    limits.enable_prefix_caching = False
+    properties = {
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",
+        "KV_CACHE_PRECISION": "f32",
+    }
+    return genai.ContinuousBatchingPipeline(str(converted), limits, "CPU", properties)
+
+
 class _Pipeline(Engine):
     def __init__(self, options: Options) -> None:
-        import openvino_genai as genai
-
-        limits = genai.SchedulerConfig()
-        limits.max_num_batched_tokens = _MAX_STEP_TOKENS
-        limits.max_num_seqs = 256
-        limits.cache_size = _CACHE_GIB
-        limits.enable_prefix_caching = False
-        properties = {
-            "INFERENCE_NUM_THREADS": options.threads,
-            "INFERENCE_PRECISION_HINT": "f32",
-            "KV_CACHE_PRECISION": "f32",
-        }
-        self._pipeline = genai.ContinuousBatchingPipeline(
-            str(options.out), limits, "CPU", properties
-        )
+        self._pipeline = pipeline_of(options.out, options.threads)
         self._next_id = 0
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Timing:

@@ -31,11 +31,10 @@ class EngineProcess(AbstractContextManager["EngineProcess"]):
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            # Threads that wait must not spin on the cores of the other engine.
+            # How its threads wait is the engine's own choice: the other one is not asked meanwhile.
             env={
                 **os.environ,
                 "OMP_NUM_THREADS": str(threads),
-                "OMP_WAIT_POLICY": "PASSIVE",
                 "TOKENIZERS_PARALLELISM": "false",
                 "HF_HUB_OFFLINE": "1",
             },

@@ -1,4 +1,4 @@
-"""StageMesh itself: a mesh of one stage, seen through gateway, scheduler and gRPC by a client.
+"""StageMesh itself: a mesh as a client sees it, through gRPC, gateway and scheduler.
 
 The others are asked in their own process, without a server before them.
 """
@@ -32,6 +32,7 @@ _TIMEOUT_S = 600.0
 class StageMeshPeer(Peer):
     name = "stagemesh_peer"
     dtypes = ("float32", "bfloat16", "int8", "int4")
+    is_divisible = True
 
     def convert(self, options: Options) -> None:
         """It reads the checkpoint as it is."""
@@ -52,7 +53,7 @@ class _Mesh(Engine):
         self._process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "stagemesh.cli.main", "up"),
-                *("--model", str(options.model), "--stages", "1"),
+                *("--model", str(options.model), "--stages", str(options.stages)),
                 *("--threads-per-stage", str(options.threads), "--max-kv-memory", "1GiB"),
                 *("--grpc-port", "0", "--http-port", "0", "--scheduler-port", "0"),
                 *("--ready-file", str(ready), "--log-level", "error"),

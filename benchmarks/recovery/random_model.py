@@ -37,6 +37,8 @@ class ModelShape:
     vocab_size: int = TOKENIZER_SIZE
     # One matrix for embedding and head.
     tied: bool = True
+    # Of what the files hold: float32 or float16.
+    stored: str = "float32"
 
     @property
     def head_size(self) -> int:
@@ -52,6 +54,11 @@ class ModelShape:
         """Of one boundary between stages, in float32."""
         return self.hidden_size * 4
 
+    @property
+    def stored_bytes(self) -> int:
+        """Of all matrices."""
+        return getattr(torch, self.stored).itemsize * self.num_parameters()
+
     def num_parameters(self) -> int:
         return sum(rows * columns for rows, columns in _matrices(self).values())
 
@@ -66,11 +73,12 @@ def make(out: Path, shape: ModelShape, seed: int = 0) -> None:
         name = "model.safetensors"
         if len(shards) > 1:
             name = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
-        weights = {key: _weight(size, generator) for key, size in sizes.items()}
+        dtype = getattr(torch, shape.stored)
+        weights = {key: _weight(size, generator).to(dtype) for key, size in sizes.items()}
         save_file(weights, out / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(weights, name)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": 4 * shape.num_parameters()}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": shape.stored_bytes}, "weight_map": weight_map}
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
     (out / "config.json").write_text(json.dumps(_config(shape), indent=2) + "\n")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
@@ -147,7 +155,7 @@ def _config(shape: ModelShape) -> dict[str, object]:
         "tie_word_embeddings": shape.tied,
         "bos_token_id": 0,
         "eos_token_id": 1,
-        "torch_dtype": "float32",
+        "torch_dtype": shape.stored,
     }
 
 

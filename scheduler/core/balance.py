@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from scheduler.core.pipeline import Pipeline
 from scheduler.core.sequence import Sequence
 
-# Catching up may make a step so much longer than decoding alone.
+# Catching up may make a step so much longer than decoding alone, where as many wait for their first
+# token as for their next; by as much more as there are more of them.
 _MAX_STRETCH = 0.67
 # Where much waits it may be more: all of it in so many steps.
 _BACKLOG_STEPS = 32
@@ -49,7 +50,8 @@ def share_out(
     num_steps = depth if num_decoding else min(depth, len(catching_up))
     share = backlog / max(num_steps, _quickest(backlog, rates.base, pipeline.facts.num_stages), 1)
     if num_decoding:
-        stretch = _MAX_STRETCH * (rates.base + decoding)
+        crowd = max(1.0, len(catching_up) / num_decoding)
+        stretch = _MAX_STRETCH * crowd * (rates.base + decoding)
         pressure = (backlog + rates.token * num_waiting_tokens) / _BACKLOG_STEPS
         share = min(share, max(stretch, pressure))
     return Shares(decoding, share, _MIN_PART * rates.base)

@@ -210,10 +210,15 @@ class Pipeline:
         self.unscheduled.ended(now_ns)
         forget = tuple(self.to_forget)
         self.to_forget.clear()
-        step = Step(self.pipeline_id, self.epoch, self.next_step, rows, forget)
+        step = Step(self.pipeline_id, self.epoch, self.next_step, rows, forget, self._is_all(rows))
         self.in_flight.append(StepInFlight(self.next_step, in_flight, forget, now_ns))
         self.next_step += 1
         return step
+
+    def _is_all(self, rows: tuple[Row, ...]) -> bool:
+        """Whether these are all that can be done until their result is there."""
+        is_rest = not self.in_flight and len(rows) == len(self.running)
+        return is_rest and all(row.sample_positions for row in rows)
 
     def step_done(self, timings: tuple[HopTiming, ...], now_ns: int) -> None:
         """The oldest step in flight was answered: what it rebuilt is there."""

@@ -57,6 +57,7 @@ def worker(options: UpOptions, scheduler_address: str, index: int, port: int) ->
         "--num-blocks": options.num_blocks,
         "--block-size": options.block_size_tokens,
         "--batch-invariant": options.batch_invariant,
+        "--lone-threads": options.threads_when_alone(),
     }
     return _service("worker", f"worker-{index}", flags, options)
 

@@ -40,6 +40,13 @@ class UpOptions:
     threads_per_stage: int | None = option(
         None, help="threads of each worker [the cores, shared out]", minimum=1, maximum=1024
     )
+    lone_threads: int | None = option(
+        None,
+        help="threads of each worker for a step that has the pipeline to itself [all cores where "
+        "--threads-per-stage says nothing; not with --batch-invariant]",
+        minimum=1,
+        maximum=1024,
+    )
     max_kv_memory_bytes: int | None = option(
         None, help="memory of each worker for KV, such as 2GiB", kind=Kind.SIZE, minimum=1
     )
@@ -104,10 +111,23 @@ class UpOptions:
         """Threads of each worker: as many as were asked for, or this host's cores shared out."""
         if self.threads_per_stage is not None:
             return self.threads_per_stage
-        asked = os.environ.get("OMP_NUM_THREADS", "")
-        if asked.isdecimal() and int(asked) > 0:
-            return int(asked)
-        return max(1, num_cores() // self.num_stage_workers)
+        return _asked_threads() or max(1, num_cores() // self.num_stage_workers)
+
+    def threads_when_alone(self) -> int:
+        """Threads of a worker's step while the other stages of its pipeline are idle; 0: as many
+        as otherwise. Sums differ in their last bits by the number of threads."""
+        if self.lone_threads is not None:
+            return self.lone_threads
+        is_told = self.threads_per_stage is not None or _asked_threads() > 0
+        if is_told or self.batch_invariant:
+            return 0
+        return max(1, num_cores() // self.replicas)
+
+
+def _asked_threads() -> int:
+    """What the environment says of any program's threads; 0 where it says nothing."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() else 0
 
 
 def num_cores() -> int:

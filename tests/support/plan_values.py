@@ -61,6 +61,7 @@ STEPS = st.builds(
     step=U64,
     rows=st.lists(ROWS, max_size=3).map(tuple),
     forget=st.lists(RUNS, max_size=2).map(tuple),
+    alone=st.booleans(),
 )
 TOKENS = st.builds(
     plan.SampledToken,

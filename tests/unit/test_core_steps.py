@@ -85,6 +85,20 @@ def test_late_comers_are_spread_over_the_steps_in_a_few_rounds() -> None:
     assert sorted(len(step.rows) for step in drive.in_flight) == [5, 5]
 
 
+def test_a_step_says_whether_it_is_alone_in_its_pipeline() -> None:
+    core = core_with(facts(num_stages=3), max_chunk_tokens=7)
+    drive = Drive(core)
+    core.submit(request(0, num_prompt=10, max_tokens=9), 0)
+    assert [step.alone for step in drive.plan()] == [False, False]  # chunks of one prompt
+    drive.answer()
+    drive.answer()
+    assert [step.alone for step in drive.plan()] == [True]
+    core.submit(request(1, num_prompt=3, max_tokens=9), 0)
+    assert [step.alone for step in drive.plan()] == [False]
+    drive.answer()
+    assert [step.alone for step in drive.plan()] == [False]
+
+
 def test_a_lone_request_is_one_step_in_flight() -> None:
     core = core_with(facts(num_stages=4))
     core.submit(request(num_prompt=3), 0)

@@ -1,0 +1,23 @@
+"""How many threads compute a step: more of them where the other stages of its pipeline are idle."""
+
+from __future__ import annotations
+
+import torch
+
+from stagemesh.plan import Step
+
+# Before anything was changed.
+_USUAL = torch.get_num_threads()
+
+
+class ThreadCounts:
+    """Used on the device thread alone: OpenMP's numbers belong to the thread that sets them."""
+
+    def __init__(self, alone: int) -> None:
+        """`alone` 0: a step that is alone in its pipeline is computed as any other."""
+        self._alone = alone or _USUAL
+
+    def set_for(self, step: Step) -> None:
+        wanted = self._alone if step.alone else _USUAL
+        if torch.get_num_threads() != wanted:
+            torch.set_num_threads(wanted)
