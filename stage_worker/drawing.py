@@ -50,7 +50,8 @@ def draw(logprobs: Tensor, draws: Sequence[Draw]) -> list[int]:
     for narrow, rows in _alike(draws, logprobs.shape[1]):
         for start in range(0, len(rows), limit):
             some = rows[start : start + limit]
-            part = logprobs if len(some) == len(draws) else logprobs[some]
+            in_order = some == [*range(some[0], some[0] + len(some))]
+            part = logprobs[some[0] : some[-1] + 1] if in_order else logprobs[some]
             # The likeliest is at 0, so that no temperature, however low, makes it overflow.
             below = part - part.amax(dim=1, keepdim=True)
             own = [draws[i] for i in some]
@@ -119,11 +120,10 @@ def _by_noise(below: Tensor, draws: Sequence[Draw]) -> Iterator[int]:
     heats = [1.0 / max(each.spec.temperature, _MIN_BOUND_TEMPERATURE) for each in draws]
     bounds.addcmul_(below, _column(heats, below, torch.float32))
     best = likeliest(bounds)
-    at_best: list[float] = below.gather(
-        1, torch.tensor(best, device=below.device)[:, None]
-    ).tolist()
+    index = torch.tensor(best, device=below.device)[:, None]
+    at_best: list[float] = below.gather(1, index)[:, 0].tolist()
     reached = [
-        value[0] / each.spec.temperature + gumbel_of(each.stream, token) - _BOUND_ERROR
+        value / each.spec.temperature + gumbel_of(each.stream, token) - _BOUND_ERROR
         for each, token, value in zip(draws, best, at_best, strict=True)
     ]
     mask = bounds >= _column(reached, below, torch.float32)
@@ -164,4 +164,5 @@ def _decide(ids: NDArray[np.int64], scaled: NDArray[np.float64], stream: int) ->
         near = noisy >= noisy.max() - 2 * MAX_ERROR
         ids, scaled = ids[near], scaled[near]
     pairs = zip(ids.tolist(), scaled.tolist(), strict=True)
-    return -max((value + gumbel_of(stream, token), -token) for token, value in pairs)[1]
+    _, token = min((-(value + gumbel_of(stream, token)), token) for token, value in pairs)
+    return int(token)
