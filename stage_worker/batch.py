@@ -15,7 +15,7 @@ from torch import Tensor
 from stage_worker.attention import Attention, Query
 from stage_worker.decoder import Batch
 from stage_worker.kv_cache import KvCache
-from stage_worker.rope import angles
+from stage_worker.rope import angles, both_halves
 from stage_worker.sequences import Sequence
 from stagemesh.plan import Row
 from stagemesh.rope_spec import RopeSpec
@@ -64,7 +64,7 @@ class BatchBuilder:
         reading = {w: self._attention.plan(rows, w, self._cache) for w in self._windows}
         written = _written(placed, stage, slots.device)
         written_slots = slots if written is None else slots[written]
-        cos, sin = cos.to(self._dtype), sin.to(self._dtype)
+        cos, sin = both_halves(cos.to(self._dtype), sin.to(self._dtype))
         token_ids = None
         if stage == 0:
             token_ids = torch.tensor([token for entry in placed for token in entry.row.token_ids])

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -29,6 +30,8 @@ _RUN_BYTES = 256 * 1024
 _MERGE_SLOTS = 4
 # Another group costs as much as copying this many bytes.
 _GROUP_BYTES = 256 * 1024
+# Of what is copied at a time: it is to be in a cache still when it is read.
+_MAX_COPY_BYTES = 2 * 2**20
 # Rows this long attend to themselves in a part that is causal, and leaves half uncomputed.
 _MIN_CAUSAL_TOKENS = 64
 # No position of a query: nobody sees a slot there.
@@ -102,7 +105,8 @@ class _Planner:
         self._parts += stretches
         if num == 1:
             if len(loose):
-                self._rests[num].append(_Rest(row, loose, None))
+                piece = max(1, _MAX_COPY_BYTES // self._cache.slot_bytes)
+                self._rests[num] += [_Rest(row, some, None) for some in torch.split(loose, piece)]
         elif num >= _MIN_CAUSAL_TOKENS and shared == 0:
             self._parts.append(_gathered(row, row.slots[row.start :], causal=True))
             if len(loose):
@@ -129,8 +133,10 @@ class _Planner:
         if alone and len(runs) == 1:
             min_slots = 0
         stretches = [Stretch(_tokens(row), run) for run in runs if run.num_slots >= min_slots]
-        short = [torch.arange(*run) for run in runs if run.num_slots < min_slots]
-        return stretches, torch.cat(short) if short else row.slots[:0]
+        if not stretches:
+            return [], row.slots[begin:end]
+        short = [np.arange(*run) for run in runs if run.num_slots < min_slots]
+        return stretches, torch.from_numpy(np.concatenate(short)) if short else row.slots[:0]
 
 
 def _gathered(row: Query, slots: Tensor, *, causal: bool = False) -> Gathered:
@@ -150,12 +156,14 @@ def _rest(row: Query, edge: range, loose: Tensor) -> _Rest:
 
 
 def _groups(rests: Sequence[_Rest], slot_bytes: int) -> Iterator[list[_Rest]]:
-    """Groups whose padding costs no more than another group would."""
+    """Groups whose padding costs no more than another group would, and that are not too large."""
     group: list[_Rest] = []
     num_padded = 0
     for rest in sorted(rests, key=lambda rest: len(rest.slots), reverse=True):
-        num_padded += len(group[0].slots) - len(rest.slots) if group else 0
-        if num_padded * slot_bytes > _GROUP_BYTES:
+        longest = len(group[0].slots) if group else len(rest.slots)
+        num_padded += longest - len(rest.slots)
+        copied_bytes = (len(group) + 1) * longest * slot_bytes
+        if num_padded * slot_bytes > _GROUP_BYTES or (group and copied_bytes > _MAX_COPY_BYTES):
             yield group
             group, num_padded = [], 0
         group.append(rest)

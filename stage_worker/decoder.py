@@ -31,8 +31,9 @@ class Batch:
 
     `slots` [T] is where their keys and values lie; those of `written` [W] (None: of all) are
     written there, at `written_slots` [W], and the pages hold the others' already. `cos`, `sin`
-    [T, 1, D / 2] are in the model's dtype; `reading` has what the attention kernel planned per
-    sliding window (None: whole context). `token_ids` [T] are there on the first stage.
+    [T, 1, D], in the model's dtype, are what `rotate` takes; `reading` has what the attention
+    kernel planned per sliding window (None: whole context). `token_ids` [T] are there on the first
+    stage.
     """
 
     slots: Tensor
@@ -81,10 +82,10 @@ class Decoder:
             hidden = self.embed(batch.token_ids)
         for i, layer in enumerate(self._weights.layers):
             normed = self._norm(hidden, layer.input_norm)
-            hidden = hidden + self._attention(normed, i, layer, batch)
+            hidden += self._attention(normed, i, layer, batch)
             normed = self._norm(hidden, layer.post_attention_norm)
             gate, up = layer.gate_up(normed).chunk(2, dim=-1)
-            hidden = hidden + layer.down(self._kernels.silu(gate) * up)
+            hidden += layer.down(self._kernels.silu(gate).mul_(up))
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -100,13 +101,14 @@ class Decoder:
     def _attention(self, hidden: Tensor, i: int, layer: LayerWeights, batch: Batch) -> Tensor:
         spec = self._spec
         heads = layer.qkv(hidden).view(len(hidden), -1, spec.head_dim)
-        sizes = [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads]
-        queries, keys, values = torch.split(heads, sizes, dim=1)
+        turned, values = heads.tensor_split([spec.num_heads + spec.num_kv_heads], dim=1)
         if layer.query_norm is not None and layer.key_norm is not None:
-            queries = self._norm(queries, layer.query_norm)
-            keys = self._norm(keys, layer.key_norm)
-        queries = rotate(queries, batch.cos, batch.sin)
-        self._write(i, batch, rotate(keys, batch.cos, batch.sin), values)
+            queries, keys = turned.tensor_split([spec.num_heads], dim=1)
+            normed = self._norm(queries, layer.query_norm), self._norm(keys, layer.key_norm)
+            turned = torch.cat(normed, dim=1)
+        turned = rotate(turned, batch.cos, batch.sin)
+        queries, keys = turned.tensor_split([spec.num_heads], dim=1)
+        self._write(i, batch, keys, values)
         plan = batch.reading[self._windows[i]]
         return layer.output(self._kernels.attention.attend(queries, plan, self._cache, i))
 
@@ -117,6 +119,9 @@ class Decoder:
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMS norm over the last dimension, in float32."""
+        # In half precision models round before they multiply by the weight, and torch after.
+        if x.dtype == torch.float32:
+            return torch.nn.functional.rms_norm(x, weight.shape, weight, self._spec.rms_norm_eps)
         wide = x.float()
         scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self._spec.rms_norm_eps)
         return weight * (wide * scale).to(x.dtype)

@@ -24,6 +24,8 @@ _CPU_FRACTION = 0.25
 _CUDA_FRACTION = 0.85
 # … and not more than this many sequences of full length could fill.
 _MAX_FULL_SEQUENCES = 256
+# Of what is read, keys and values each.
+_MAX_SCRATCH_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,7 @@ class KvCache:
             [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
             for _ in range(2)
         )
+        self._scratch = [torch.empty(0, dtype=dtype, device=device) for _ in range(2)]
         self._views = [
             (
                 keys.view(1, -1, *shape[2:]).transpose(1, 2),
@@ -83,14 +86,23 @@ class KvCache:
         self.values[layer].flatten(0, 1).index_copy_(0, slots, values)
 
     def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """slots: [R, C] -> keys, values: [R, C, H, D]."""
-        return _gather(self.keys[layer], slots), _gather(self.values[layer], slots)
+        """slots: [R, C] -> keys, values: [R, C, H, D], until the next call."""
+        keys, values = self.keys[layer], self.values[layer]
+        return self._gather(keys, slots, 0), self._gather(values, slots, 1)
 
-
-def _gather(pages: Tensor, slots: Tensor) -> Tensor:
-    # Copying whole rows is three times as fast as indexing [N * O, H, D].
-    rows = pages.view(-1, pages.shape[2] * pages.shape[3]).index_select(0, slots.flatten())
-    return rows.view(*slots.shape, *pages.shape[2:])
+    def _gather(self, pages: Tensor, slots: Tensor, which: int) -> Tensor:
+        # Copying whole rows is three times as fast as indexing [N * O, H, D].
+        rows = pages.view(-1, pages.shape[2] * pages.shape[3])
+        size = slots.numel() * rows.shape[1]
+        if size * rows.itemsize > _MAX_SCRATCH_BYTES:
+            copied = rows.index_select(0, slots.flatten())
+        else:
+            # Memory that is new takes longer to be had than to be filled.
+            if size > self._scratch[which].numel():
+                self._scratch[which] = rows.new_empty(size)
+            copied = self._scratch[which][:size].view(-1, rows.shape[1])
+            torch.index_select(rows, 0, slots.flatten(), out=copied)
+        return copied.view(*slots.shape, *pages.shape[2:])
 
 
 def block_bytes(spec: ModelSpec, num_layers: int, block_size_tokens: int, item_bytes: int) -> int:

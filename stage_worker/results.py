@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from stage_worker.batch import PlacedRow
+from stage_worker.candidates import all_finite
 from stage_worker.sampler import (
+    Known,
     SampleRequest,
     describe,
     is_plain_greedy,
@@ -52,7 +54,7 @@ class RowSampler:
         if all(map(_is_plain_greedy, placed)):
             self._add_greedy(placed, hidden, answers)
             return tuple(_result(row.sequence_id, row.run, answers[id(row)]) for row in step.rows)
-        finite = torch.isfinite(hidden).all(dim=1).tolist()
+        finite = all_finite(hidden).tolist()
         for entry in placed:
             own = finite[entry.first : entry.first + entry.row.num_tokens]
             answers[id(entry.row)].failed = not all(own)
@@ -98,18 +100,14 @@ class RowSampler:
         wanted = [(entry, p) for entry in placed for p in entry.row.logprob_positions]
         for some in _slices(wanted, _PROMPT_SLICE):
             logits = self._logits(hidden[_indices(some, hidden)])
-            finite = torch.isfinite(logits).all(dim=1).tolist()
-            logprobs = logits.log_softmax(dim=1)
-            for i, (entry, position) in enumerate(some):
+            finite = all_finite(logits).tolist()
+            told = describe(logits.log_softmax(dim=1), [_known(*each) for each in some])
+            for (entry, _), token, is_finite in zip(some, told, finite, strict=True):
                 answer = answers[id(entry.row)]
-                if not finite[i]:
+                if is_finite:
+                    answer.prompt_logprobs.append(token)
+                else:
                     answer.failed = True
-                    continue
-                token = entry.sequence.token_at(position + 1)
-                alternatives = entry.sequence.state.sampling.num_prompt_logprobs or 0
-                answer.prompt_logprobs.append(
-                    describe(logprobs[i], position + 1, token, alternatives)
-                )
 
 
 def _is_plain_greedy(entry: PlacedRow) -> bool:
@@ -121,6 +119,13 @@ def _is_plain_greedy(entry: PlacedRow) -> bool:
         and not row.logprob_positions
         and is_plain_greedy(sequence.state.sampling)
     )
+
+
+def _known(entry: PlacedRow, position: int) -> Known:
+    """The token after a position."""
+    sequence = entry.sequence
+    num_alternatives = sequence.state.sampling.num_prompt_logprobs or 0
+    return Known(position + 1, sequence.token_at(position + 1), num_alternatives)
 
 
 def _request(entry: PlacedRow, position: int) -> SampleRequest:

@@ -43,10 +43,16 @@ def angles(positions: Tensor, frequencies: Tensor, factor: float) -> tuple[Tenso
     return (theta.cos() * factor)[:, None], (theta.sin() * factor)[:, None]
 
 
+def both_halves(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """What `rotate` multiplies by, [T, 1, D], from cosine and sine [T, 1, D / 2]."""
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: [T, H, D], whose two halves are the two coordinates; cos and sin in x's dtype."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    """x: [T, H, D], whose two halves are the two coordinates; cos and sin, in x's dtype, are those
+    of `both_halves`."""
+    turned = x.roll(x.shape[-1] // 2, dims=-1).mul_(sin)
+    return turned.add_(x * cos)
 
 
 def _exponents(head_dim: int) -> Tensor:

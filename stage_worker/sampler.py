@@ -10,25 +10,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from stage_worker.batched_draw import draw_rows, is_unfiltered
-from stage_worker.noise import gumbel, stream_of
+from stage_worker.candidates import Found, all_finite, largest, likeliest
+from stage_worker.drawing import Draw, draw
+from stage_worker.noise import stream_of
+from stage_worker.penalties import SampleRequest, adjust
 from stagemesh.plan import SampledToken
 from stagemesh.sampling import SamplingSpec
 
-
-@dataclass(frozen=True, slots=True)
-class SampleRequest:
-    """A token to be chosen for absolute `position`, given what stands before it."""
-
-    position: int
-    spec: SamplingSpec
-    prompt_token_ids: Sequence[int]
-    output_token_ids: Sequence[int]
+__all__ = [
+    "Known",
+    "SampleRequest",
+    "describe",
+    "greedy_tokens",
+    "is_plain_greedy",
+    "sample",
+]
 
 
 def is_plain_greedy(spec: SamplingSpec) -> bool:
@@ -47,124 +48,78 @@ def is_plain_greedy(spec: SamplingSpec) -> bool:
 def greedy_tokens(logits: Tensor) -> list[int]:
     """logits: [R, V] -> the likeliest token of each row, -1 where numbers are not finite.
 
-    What `sample` chooses for such rows, in one transfer from the device.
+    What `sample` chooses for such rows.
     """
-    finite = torch.isfinite(logits).all(dim=1)
-    tokens: list[int] = torch.where(finite, logits.argmax(dim=1), -1).tolist()
-    return tokens
+    finite: list[bool] = all_finite(logits).tolist()
+    return [
+        token if is_finite else -1
+        for token, is_finite in zip(likeliest(logits), finite, strict=True)
+    ]
 
 
 def sample(logits: Tensor, requests: Sequence[SampleRequest]) -> list[SampledToken | None]:
     """logits: float32 [R, V], overwritten -> a token per row, None where numbers are not finite."""
-    usable = torch.isfinite(logits).all(dim=1)
-    for row, request in zip(logits, requests, strict=True):
-        _adjust(row, request)
-    greedy = logits.argmax(dim=1).tolist()  # the lowest id of equal ones
+    usable = all_finite(logits)
+    adjust(logits, requests)
     logprobs = None
-    drawn: dict[int, int] = {}
     if any(r.spec.temperature > 0 or r.spec.num_logprobs is not None for r in requests):
         logprobs = logits.log_softmax(dim=1)
         usable &= ~logprobs[:, 0].isnan()  # all are, where every token is masked
-        if logits.device.type == "cuda":
-            drawn = _draw_together(logprobs, requests)
+    rows = [i for i, is_usable in enumerate(usable.tolist()) if is_usable]
+    tokens: dict[int, int] = {}
+    if any(requests[i].spec.temperature == 0 for i in rows):
+        tokens = dict(enumerate(likeliest(logits)))
+    chosen: dict[int, SampledToken] = {}
+    if logprobs is not None:
+        drawn = [i for i in rows if requests[i].spec.temperature > 0]
+        draws = [Draw(requests[i].spec, _stream(requests[i])) for i in drawn]
+        tokens |= zip(drawn, draw(_rows(logprobs, drawn), draws), strict=True)
+        told = [i for i in rows if requests[i].spec.num_logprobs is not None]
+        known = [Known(requests[i].position, tokens[i], _num_told(requests[i])) for i in told]
+        chosen = dict(zip(told, describe(_rows(logprobs, told), known), strict=True))
+    for i in rows:
+        if i not in chosen:
+            chosen[i] = SampledToken(requests[i].position, tokens[i])
+    return [chosen.get(i) for i in range(len(requests))]
+
+
+class Known(NamedTuple):
+    """A token that is known or chosen, and how many others are told beside it."""
+
+    position: int
+    token: int
+    num_alternatives: int
+
+
+def describe(logprobs: Tensor, known: Sequence[Known]) -> list[SampledToken]:
+    """Each row's token with its log-probability and the likeliest others. logprobs: [R, V]"""
+    if not known:
+        return []
+    ids = torch.tensor([each.token for each in known], device=logprobs.device)
+    own: list[float] = logprobs.gather(1, ids[:, None])[:, 0].tolist()
+    others: list[tuple[tuple[int, float], ...]] = [()] * len(known)
+    if any(each.num_alternatives for each in known):
+        counts = [max(1, each.num_alternatives) for each in known]
+        others = [_pairs(found) for found in largest(logprobs, counts)]
     return [
-        _choose(request, greedy[i], None if logprobs is None else logprobs[i], drawn.get(i))
-        if is_usable
-        else None
-        for i, (request, is_usable) in enumerate(zip(requests, usable.tolist(), strict=True))
+        SampledToken(each.position, each.token, logprob, pairs if each.num_alternatives else ())
+        for each, logprob, pairs in zip(known, own, others, strict=True)
     ]
 
 
-def _draw_together(logprobs: Tensor, requests: Sequence[SampleRequest]) -> dict[int, int]:
-    """Tokens of the rows for which every token is a candidate."""
-    some = [i for i, request in enumerate(requests) if is_unfiltered(request.spec)]
-    if not some:
-        return {}
-    tokens = draw_rows(
-        logprobs if len(some) == len(requests) else logprobs[some],
-        [requests[i].spec.temperature for i in some],
-        [stream_of(requests[i].spec.seed, requests[i].position) for i in some],
-    )
-    return dict(zip(some, tokens, strict=True))
+def _pairs(found: Found) -> tuple[tuple[int, float], ...]:
+    pairs = zip(found.ids.tolist(), found.values.tolist(), strict=True)
+    return tuple(pair for pair in pairs if math.isfinite(pair[1]))
 
 
-def _choose(
-    request: SampleRequest, greedy: int, logprobs: Tensor | None, drawn: int | None
-) -> SampledToken | None:
-    spec, token = request.spec, greedy
-    if logprobs is None:
-        return SampledToken(request.position, token)
-    if drawn is not None:
-        token = drawn
-    elif spec.temperature > 0:
-        token = _draw(logprobs, spec, stream_of(spec.seed, request.position))
-    if spec.num_logprobs is None:
-        return SampledToken(request.position, token)
-    return describe(logprobs, request.position, token, spec.num_logprobs)
+def _rows(values: Tensor, rows: Sequence[int]) -> Tensor:
+    """values: [R, V]"""
+    return values if len(rows) == len(values) else values[list(rows)]
 
 
-def describe(logprobs: Tensor, position: int, token: int, num_alternatives: int) -> SampledToken:
-    """A known or chosen token with its log-probability and the likeliest others. logprobs: [V]"""
-    alternatives: tuple[tuple[int, float], ...] = ()
-    if num_alternatives:
-        ids = _likeliest(logprobs, num_alternatives)
-        pairs = zip(ids.tolist(), logprobs[ids].tolist(), strict=True)
-        alternatives = tuple(pair for pair in pairs if math.isfinite(pair[1]))
-    return SampledToken(position, token, float(logprobs[token]), alternatives)
+def _stream(request: SampleRequest) -> int:
+    return stream_of(request.spec.seed, request.position)
 
 
-def _adjust(logits: Tensor, request: SampleRequest) -> None:
-    """Bias, penalties and the stop tokens that may not come yet, in place. logits: [V]"""
-    spec = request.spec
-    biases = {i: bias for i, bias in spec.logit_bias.items() if i < len(logits)}
-    if biases:
-        logits[_ids(biases, logits)] += logits.new_tensor(list(biases.values()))
-    if spec.repetition_penalty != 1.0:
-        seen = _ids({*request.prompt_token_ids, *request.output_token_ids}, logits)
-        values, penalty = logits[seen], spec.repetition_penalty
-        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    if request.output_token_ids and (spec.presence_penalty or spec.frequency_penalty):
-        ids, counts = torch.unique(_ids(request.output_token_ids, logits), return_counts=True)
-        logits[ids] -= spec.frequency_penalty * counts + spec.presence_penalty
-    if len(request.output_token_ids) < spec.min_tokens and spec.stop_token_ids:
-        stops = [token for token in spec.stop_token_ids if token < len(logits)]
-        logits[_ids(stops, logits)] = -math.inf
-
-
-def _ids(token_ids: Sequence[int] | set[int] | dict[int, float], like: Tensor) -> Tensor:
-    return torch.tensor(list(token_ids), dtype=torch.int64, device=like.device)
-
-
-def _draw(logprobs: Tensor, spec: SamplingSpec, stream: int) -> int:
-    """Gumbel-max over the candidates that the filters leave. logprobs: [V]"""
-    # The likeliest is at 0, so that no temperature, however low, makes it overflow.
-    scaled = (logprobs - logprobs.max()).double() / spec.temperature
-    ids = _filter(scaled, spec)
-    noisy = scaled[ids] + gumbel(stream, ids)
-    return int(ids[noisy == noisy.max()].min())
-
-
-def _filter(scaled: Tensor, spec: SamplingSpec) -> Tensor:
-    """Ids that top_k, then top_p among those, then min_p leave; the likeliest is always left."""
-    if 0 < spec.top_k < len(scaled):
-        ids = _likeliest(scaled, spec.top_k)
-    elif spec.top_p < 1.0:
-        ids = scaled.argsort(descending=True, stable=True)
-    else:
-        ids = torch.arange(len(scaled), device=scaled.device)
-    if spec.top_p < 1.0:
-        probabilities = scaled[ids].softmax(dim=0)
-        before = probabilities.cumsum(dim=0) - probabilities
-        before[0] = 0.0
-        ids = ids[before < spec.top_p]
-    if spec.min_p > 0.0:
-        ids = ids[scaled[ids] >= math.log(spec.min_p)]
-    return ids
-
-
-def _likeliest(values: Tensor, count: int) -> Tensor:
-    """Ids of the `count` largest, largest first; of equal ones the lowest ids. values: [V]"""
-    count = min(count, len(values))
-    smallest = values.topk(count).values[-1]
-    ids = (values >= smallest).nonzero().flatten()
-    return ids[values[ids].argsort(descending=True, stable=True)[:count]]
+def _num_told(request: SampleRequest) -> int:
+    return request.spec.num_logprobs or 0

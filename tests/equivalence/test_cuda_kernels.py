@@ -187,7 +187,7 @@ def test_norms_and_gate(size: tuple[int, int], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_rotation(sizes: tuple[int, int, int, int], normed: bool, dtype: torch.dtype) -> None:
-    from stage_worker.rope import rotate
+    from stage_worker.rope import both_halves, rotate
     from stage_worker.triton_layer import rotate_and_write
 
     torch.manual_seed(0)
@@ -203,7 +203,7 @@ def test_rotation(sizes: tuple[int, int, int, int], normed: bool, dtype: torch.d
     )
     parts = torch.split(heads.float(), [num_heads, num_kv_heads, num_kv_heads], dim=1)
     queries, new_keys = (
-        rotate(_normed(x, norm) if normed else x, angle.cos(), angle.sin())
+        rotate(_normed(x, norm) if normed else x, *both_halves(angle.cos(), angle.sin()))
         for x, norm in zip(parts, norms, strict=False)
     )
     assert _differ(found, queries) < TOLERANCE[dtype]

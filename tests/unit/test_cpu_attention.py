@@ -185,3 +185,29 @@ def test_padding_is_bounded(cache: KvCache, monkeypatch: pytest.MonkeyPatch) -> 
     assert [sorted(part.tokens) for part in parts_of(cache, rows)] == [[0, 1, 2, 3]]
     monkeypatch.setattr(cpu_attention, "_GROUP_BYTES", 100 * SLOT_BYTES)
     assert [sorted(part.tokens) for part in parts_of(cache, rows)] == [[0, 2], [1, 3]]
+
+
+@pytest.mark.parametrize("window", [None, 50])
+def test_contexts_are_copied_in_pieces(
+    cache: KvCache, monkeypatch: pytest.MonkeyPatch, window: int | None
+) -> None:
+    monkeypatch.setattr(cpu_attention, "_MAX_COPY_BYTES", 30 * SLOT_BYTES)
+    torch.manual_seed(2)
+    rows = make_rows(cache, _shuffled(), ROWS)
+    output, expected = attended(CpuAttention(), rows, window, cache)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+
+
+def test_pieces_are_bounded(cache: KvCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_attention, "_MAX_COPY_BYTES", 30 * SLOT_BYTES)
+    rows = make_rows(cache, _shuffled(), [(1, 199), (1, 9), (1, 8), (1, 7)])
+    sizes = [part.slots.numel() for part in parts_of(cache, rows) if isinstance(part, Gathered)]
+    assert sum(sizes) >= 200 + 10 + 9 + 8
+    assert max(sizes) <= 30
+
+
+def test_a_second_reading_may_be_longer_or_shorter(cache: KvCache) -> None:
+    rows = make_rows(cache, _rising(), [(1, 100)])
+    for slots in (rows[0].slots[:5], rows[0].slots, rows[0].slots[40:60].view(4, 5)):
+        for copied, pages in zip(cache.read(1, slots), (cache.keys, cache.values), strict=True):
+            assert torch.equal(copied, pages[1].flatten(0, 1)[slots])

@@ -194,14 +194,20 @@ def test_a_row_does_not_depend_on_the_others() -> None:
             top_k=generator.choice([0, 3, 10]),
             top_p=generator.choice([1.0, 0.8]),
             min_p=generator.choice([0.0, 0.1]),
+            repetition_penalty=generator.choice([1.0, 1.3]),
+            presence_penalty=generator.choice([0.0, 0.5]),
             frequency_penalty=generator.choice([0.0, 1.0]),
+            logit_bias=generator.choice([{}, {3: 9.0, 7: -2.0, 900: 1.0}]),
+            min_tokens=generator.choice([0, 9]),
+            stop_token_ids=(4, 900),
             seed=generator.getrandbits(64),
             num_logprobs=generator.choice([None, 2]),
         )
         for _ in range(64)
     ]
     rows = torch.tensor([logits_of(10 + i, 300) for i in range(64)])
-    requests = [SampleRequest(i, spec, [i], [2 * i]) for i, spec in enumerate(specs)]
+    outputs = [[2 * i] * (i % 3) + [i, 3] * (i % 2) for i in range(64)]
+    requests = [SampleRequest(i, spec, [i, i], outputs[i]) for i, spec in enumerate(specs)]
     together = sample(rows.clone(), requests)
     for i, request in enumerate(requests):
         (alone,) = sample(rows[i : i + 1].clone(), [request])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from stage_worker.noise import bits_of, gumbel, stream_of
+from stage_worker.noise import bits_of, gumbel, gumbel_bounds, gumbel_of, stream_of
 
 MASK = 2**64 - 1
 # (seed, position, token id, bits): also in docs/sampling.md.
@@ -52,28 +53,44 @@ def test_bits_are_outputs_of_the_generator(seed: int, position: int) -> None:
     assert [bits_of(stream, t) for t in range(20)] == [split_mix_64(stream, t) for t in range(20)]
 
 
-def test_tensors_and_integers_agree() -> None:
-    ids = torch.tensor([0, 1, 2, 1000, 151_935, 2**31 - 1])
-    for seed, position in ((0, 0), (42, 3), (MASK, 100_000), (2**63 + 5, 2**20)):
-        stream = stream_of(seed, position)
-        uniforms = [((bits_of(stream, t) >> 12) + 0.5) / 2**52 for t in ids.tolist()]
-        expected = [-math.log(-math.log(u)) for u in uniforms]
-        assert gumbel(stream, ids).tolist() == pytest.approx(expected, rel=1e-14, abs=1e-14)
+STREAMS = [(0, 0), (42, 3), (MASK, 100_000), (2**63 + 5, 2**20)]
 
 
-def test_noise_of_a_token_does_not_depend_on_which_others_are_asked_for() -> None:
-    stream = stream_of(5, 9)
-    every = gumbel(stream, torch.arange(1000))
-    some = torch.tensor([999, 3, 500])
-    assert torch.equal(gumbel(stream, some), every[some])
+@pytest.mark.parametrize(("seed", "position"), STREAMS)
+def test_arrays_and_integers_agree(seed: int, position: int) -> None:
+    ids = np.array([0, 1, 2, 1000, 151_935, 2**31 - 1])
+    stream = stream_of(seed, position)
+    uniforms = [((bits_of(stream, t) >> 12) + 0.5) / 2**52 for t in ids.tolist()]
+    expected = [-math.log(-math.log(u)) for u in uniforms]
+    assert [gumbel_of(stream, t) for t in ids.tolist()] == expected
+    assert gumbel(stream, ids).tolist() == pytest.approx(expected, rel=1e-14, abs=1e-14)
+
+
+def test_extreme_bits_make_noise_that_is_finite_and_bounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for bits, noise in ((0, -3.604), (MASK, 36.737)):
+        monkeypatch.setattr("stage_worker.noise.bits_of", lambda stream, token, bits=bits: bits)
+        assert gumbel_of(0, 0) == pytest.approx(noise, abs=1e-3)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 20_000])
+def test_bounds_are_above_the_noise_and_near_where_it_is_large(num_tokens: int) -> None:
+    streams = [stream_of(*each) for each in STREAMS]
+    bounds = gumbel_bounds(streams, num_tokens, torch.device("cpu")).numpy()
+    assert bounds.shape == (len(streams), num_tokens)
+    noise = np.stack([gumbel(stream, np.arange(num_tokens)) for stream in streams])
+    assert (bounds > noise).all()
+    large = noise > 0.37  # where u > 1/2
+    assert (bounds[large] < noise[large] + 0.4).all()
 
 
 def test_noise_is_gumbel_distributed() -> None:
     """Kolmogorov-Smirnov distance to exp(-exp(-x)) over tokens, and over positions."""
-    over_tokens = gumbel(stream_of(1, 1), torch.arange(6_000))
-    over_positions = torch.cat([gumbel(stream_of(1, p), torch.tensor([7])) for p in range(6_000)])
+    over_tokens = gumbel(stream_of(1, 1), np.arange(6_000))
+    over_positions = np.array([gumbel_of(stream_of(1, p), 7) for p in range(6_000)])
     for values in (over_tokens, over_positions):
-        cdf = torch.exp(-torch.exp(-values.sort().values))
-        steps = torch.arange(1, len(values) + 1) / len(values)
-        distance = float((cdf - steps).abs().max())
+        cdf = np.exp(-np.exp(-np.sort(values)))
+        steps = np.arange(1, len(values) + 1) / len(values)
+        distance = float(np.abs(cdf - steps).max())
         assert distance < 1.63 / math.sqrt(len(values))  # 1 % level

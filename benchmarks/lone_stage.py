@@ -1,0 +1,126 @@
+"""A whole model as one stage in this process, for timing its decode steps at any context.
+
+No prompt is executed: pages are filled with random numbers, which are as good as any for a time. A
+step is the same one again and again, of the token at the end of each context.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.recovery.random_model import ModelShape
+from stage_worker.executor import ExecutorConfig, StageExecutor
+from stagemesh.model_spec import ModelSpec
+from stagemesh.plan import BlockUpdate, Epoch, Row, RowResult, SequenceState, Span, Step
+from stagemesh.quantization import parse_quantization
+from stagemesh.sampling import SamplingSpec
+
+# Four layers of a Llama of 1.1B parameters.
+LLAMA_1B = ModelShape(
+    num_layers=4, hidden_size=2048, intermediate_size=5632, num_heads=32, num_kv_heads=4
+)
+BLOCK_SIZE_TOKENS = 16
+GREEDY = SamplingSpec(temperature=0.0)
+_PIPELINE = "benchmark"
+
+
+class LoneStage:
+    """`shuffled`: blocks of contexts lie anywhere, and not side by side."""
+
+    def __init__(
+        self, model_dir: Path, num_tokens: int, quantization: str, *, shuffled: bool = False
+    ) -> None:
+        self.spec = ModelSpec.from_directory(model_dir)
+        num_blocks = num_tokens // BLOCK_SIZE_TOKENS + 256
+        config = ExecutorConfig(
+            model_dir=model_dir,
+            span=Span(0, self.spec.num_layers),
+            device="cpu",
+            dtype="float32",
+            batch_invariant=False,
+            block_size_tokens=BLOCK_SIZE_TOKENS,
+            num_blocks=num_blocks,
+            quantization=parse_quantization(quantization),
+        )
+        self.executor = StageExecutor.load(config, lambda loaded, total: None)
+        with torch.inference_mode():
+            for pages in (*self.executor.cache.keys, *self.executor.cache.values):
+                pages.normal_()
+        self.executor.join(
+            pipeline_id=_PIPELINE,
+            stage=0,
+            num_stages=1,
+            blocks=self.executor.facts.blocks_for(num_blocks),
+            keep_kv=False,
+        )
+        self._blocks = list(range(num_blocks))
+        if shuffled:
+            random.Random(0).shuffle(self._blocks)
+        self._num_steps = self._num_sequences = 0
+
+    def decode(self, contexts: Sequence[int], sampling: SamplingSpec = GREEDY) -> Decode:
+        """A step of one token for each of these contexts, the token itself counted."""
+        numbers = range(self._num_sequences, self._num_sequences + len(contexts))
+        self._num_sequences = numbers.stop
+        free = iter(self._blocks)
+        rows = []
+        for number, context in zip(numbers, contexts, strict=True):
+            blocks = tuple(next(free) for _ in range(-(-context // BLOCK_SIZE_TOKENS) + 1))
+            prompt = tuple(i % self.spec.vocab_size for i in range(number, number + context))
+            rows.append(
+                Row(
+                    sequence_id=number,
+                    run=0,
+                    start=context - 1,
+                    num_tokens=1,
+                    token_ids=prompt[-1:],
+                    block_updates=(BlockUpdate(0, blocks),),
+                    first_stage=0,
+                    end_stage=1,
+                    sample_positions=(context - 1,),
+                    state=SequenceState(prompt, (), sampling, context + BLOCK_SIZE_TOKENS),
+                )
+            )
+        return Decode(self, rows)
+
+    def execute(self, rows: Sequence[Row]) -> tuple[RowResult, ...]:
+        self._num_steps += 1
+        step = Step(_PIPELINE, Epoch(1, 1), self._num_steps, tuple(rows))
+        return self.executor.execute(step, b"", "").rows
+
+
+class Decode:
+    """One step, to be taken any number of times."""
+
+    def __init__(self, stage: LoneStage, rows: Sequence[Row]) -> None:
+        self._stage = stage
+        stage.execute(rows)  # the stage learns of the sequences
+        self._rows = [_again(row) for row in rows]
+
+    def take_s(self) -> float:
+        """Seconds that the step took."""
+        started_s = time.perf_counter()
+        results = self._stage.execute(self._rows)
+        took_s = time.perf_counter() - started_s
+        assert all(result.error is None for result in results)
+        return took_s
+
+
+def _again(row: Row) -> Row:
+    """As a step plans it for a sequence that is known."""
+    return Row(
+        sequence_id=row.sequence_id,
+        run=row.run,
+        start=row.start,
+        num_tokens=row.num_tokens,
+        token_ids=row.token_ids,
+        block_updates=(),
+        first_stage=row.first_stage,
+        end_stage=row.end_stage,
+        sample_positions=row.sample_positions,
+    )
