@@ -35,7 +35,8 @@ from stagemesh.errors import (
     StageMeshError,
 )
 from stagemesh.rpc import error_from_rpc, make_channel
-from stagemesh.wire import error_from_proto, sampled_token_from_proto
+from stagemesh.wire import error_from_proto
+from stagemesh.wire_steps import sampled_token_from_proto
 
 _log = structlog.get_logger(__name__)
 _MIN_RESUBMIT_S = 0.25

@@ -8,6 +8,7 @@ from __future__ import annotations
 from protos import mesh_pb2
 from scheduler.core import EndReason, Finished, Tokens
 from stagemesh import wire
+from stagemesh.wire_steps import write_token
 
 _END_REASONS = {
     EndReason.STOP_TOKEN: mesh_pb2.END_REASON_STOP_TOKEN,
@@ -20,23 +21,22 @@ _END_REASONS = {
 def add_event(news: mesh_pb2.RequestNews, event: Tokens | Finished) -> None:
     """Tokens are read before endings, so nothing comes after its request's ending."""
     if isinstance(event, Tokens):
-        news.tokens.append(_tokens(event))
+        _write_tokens(news.tokens.add(), event)
     else:
         news.finished.append(_finished(event))
 
 
-def _tokens(event: Tokens) -> mesh_pb2.RequestTokens:
-    message = mesh_pb2.RequestTokens(
-        request=event.key.request,
-        attempt=event.attempt,
-        index=event.index,
-        tokens=[wire.sampled_token_to_proto(token) for token in event.tokens],
-        prompt_logprobs=[wire.sampled_token_to_proto(token) for token in event.prompt_logprobs],
-    )
+def _write_tokens(message: mesh_pb2.RequestTokens, event: Tokens) -> None:
+    message.request = event.key.request
+    message.attempt = event.attempt
+    message.index = event.index
+    for token in event.tokens:
+        write_token(message.tokens.add(), token)
+    for token in event.prompt_logprobs:
+        write_token(message.prompt_logprobs.add(), token)
     if event.admission is not None:
         message.cached_prompt_tokens = event.admission.cached_prompt_tokens
         message.queue_ns = event.admission.queue_ns
-    return message
 
 
 def _finished(event: Finished) -> mesh_pb2.RequestFinished:

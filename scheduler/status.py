@@ -12,6 +12,7 @@ from scheduler.mesh_view import MeshView
 from scheduler.pipelines import MeshPipeline
 from scheduler.workers import Worker, WorkerPhase
 from stagemesh import wire
+from stagemesh.wire_steps import hop_timing_to_proto
 
 _STATES = {
     WorkerPhase.IDLE: mesh_pb2.WORKER_STATE_IDLE,
@@ -92,7 +93,7 @@ def _pipeline(pipeline: MeshPipeline, stats: PipelineStats | None) -> mesh_pb2.P
         status.num_lacking_tokens = stats.num_lacking_tokens
         status.unscheduled_ns = stats.unscheduled_ns
         status.max_steps_in_flight = stats.max_steps_in_flight
-        status.mean_timings.extend(wire.hop_timing_to_proto(each) for each in stats.mean_timings)
+        status.mean_timings.extend(hop_timing_to_proto(each) for each in stats.mean_timings)
     return status
 
 

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from protos import mesh_pb2
-from stagemesh import wire
+from stagemesh import wire, wire_steps
 from stagemesh.plan import Epoch, Step, StepResult
 
 MAX_WATCHERS = 4
@@ -113,7 +113,7 @@ class Tracer:
                 done_ns=now_ns - watcher.began_ns,
                 num_rows=sent.num_rows,
                 num_tokens=sent.num_tokens,
-                timings=[wire.hop_timing_to_proto(timing) for timing in result.timings],
+                timings=[wire_steps.hop_timing_to_proto(timing) for timing in result.timings],
             )
             watcher.tell(Event(step=step))
 

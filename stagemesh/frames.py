@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from google.protobuf.message import DecodeError
 
 from protos import plan_pb2
-from stagemesh import wire
+from stagemesh import wire, wire_steps
 from stagemesh.errors import ProtocolError, StageMeshError
 from stagemesh.plan import Epoch, HopTiming, Step, StepResult
 from stagemesh.rpc import MAX_FRAME_BYTES, MAX_HEADER_BYTES
@@ -143,7 +143,8 @@ def encode_message(message: Message) -> Iterator[bytes]:
 
 def _encode_result(result: StepResult) -> bytes:
     start_ns = time.perf_counter_ns()
-    header = plan_pb2.FrameHeader(result=wire.step_result_to_proto(replace(result, timings=())))
+    header = plan_pb2.FrameHeader()
+    wire_steps.write_step_result(header.result, replace(result, timings=()))
     header.result.timings.extend(_finished_timings(result.timings, start_ns))
     return encode_frame(header)
 
@@ -151,15 +152,13 @@ def _encode_result(result: StepResult) -> bytes:
 def _encode_step(message: StepFrame) -> Iterator[bytes]:
     start_ns = time.perf_counter_ns()
     payload = memoryview(message.payload).cast("B")
-    step_header = plan_pb2.StepHeader(
-        step=wire.step_to_proto(message.step),
-        dtype=wire.dtype_to_proto(message.dtype),
-        num_tokens=message.num_tokens,
-        hidden_size=message.hidden_size,
-        payload_bytes=len(payload),
-    )
-    step_header.timings.extend(_finished_timings(message.timings, start_ns))
-    header = plan_pb2.FrameHeader(step=step_header)
+    header = plan_pb2.FrameHeader()
+    wire_steps.write_step(header.step.step, message.step)
+    header.step.dtype = wire.dtype_to_proto(message.dtype)
+    header.step.num_tokens = message.num_tokens
+    header.step.hidden_size = message.hidden_size
+    header.step.payload_bytes = len(payload)
+    header.step.timings.extend(_finished_timings(message.timings, start_ns))
     yield encode_frame(header, payload[:SENT_FRAME_BYTES])
     for offset in range(SENT_FRAME_BYTES, len(payload), SENT_FRAME_BYTES):
         continuation = plan_pb2.Continuation(step=message.step.step, offset_bytes=offset)
@@ -171,10 +170,10 @@ def _finished_timings(
     timings: tuple[HopTiming, ...], start_ns: int
 ) -> Iterator[plan_pb2.HopTiming]:
     for timing in timings[:-1]:
-        yield wire.hop_timing_to_proto(timing)
+        yield wire_steps.hop_timing_to_proto(timing)
     for timing in timings[-1:]:
         spent_ns = timing.serialise_ns or time.perf_counter_ns() - start_ns
-        yield wire.hop_timing_to_proto(replace(timing, serialise_ns=spent_ns))
+        yield wire_steps.hop_timing_to_proto(replace(timing, serialise_ns=spent_ns))
 
 
 class Reassembler:
@@ -237,7 +236,7 @@ class Reassembler:
             dtype=wire.dtype_from_proto(header.dtype),
             num_tokens=header.num_tokens,
             hidden_size=header.hidden_size,
-            timings=tuple(wire.hop_timing_from_proto(timing) for timing in header.timings),
+            timings=tuple(wire_steps.hop_timing_from_proto(timing) for timing in header.timings),
             receive_ns=max(0, now_ns - self._first_frame_ns),
         )
 
@@ -260,10 +259,10 @@ def _check_payload_size(header: plan_pb2.StepHeader, first_bytes: int) -> None:
 
 def _checked_step(message: plan_pb2.Step) -> Step:
     try:
-        return wire.step_from_proto(message)
+        return wire_steps.step_from_proto(message)
     except StageMeshError as error:
         raise ProtocolError(f"a step cannot be taken: {error}") from error
 
 
 def _checked_result(message: plan_pb2.StepResult) -> StepResult:
-    return wire.step_result_from_proto(message)
+    return wire_steps.step_result_from_proto(message)

@@ -25,7 +25,8 @@ def has_place(pipeline: Pipeline, best_priority: int, limits: SchedulerLimits) -
 
 
 def _has_worse(pipeline: Pipeline, priority: int) -> bool:
-    return any(one.request.priority > priority for one in pipeline.running.values())
+    worst = pipeline.turns.worst_priority
+    return worst is not None and worst > priority
 
 
 class _Opening:

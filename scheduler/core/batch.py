@@ -16,7 +16,7 @@ from scheduler.core.balance import share_out
 from scheduler.core.budgets import CostBudget, TokenBudget
 from scheduler.core.lacks import RebuildPart
 from scheduler.core.limits import SchedulerLimits
-from scheduler.core.pipeline import Pipeline, RowInFlight
+from scheduler.core.pipeline import Pipeline
 from scheduler.core.sequence import Sequence
 from stagemesh.plan import Row, Step
 
@@ -69,6 +69,8 @@ class Batch:
         self._pipeline = pipeline
         self._tokens = tokens
         self._preempt = preempt
+        # Who takes part, by id, in the order of rows; and how, unless with the last token alone.
+        self._sequences: dict[int, Sequence] = {}
         self._parts: dict[int, _Part] = {}
 
     def fill(self, sequences: Iterable[Sequence], share: CostBudget) -> None:
@@ -78,42 +80,50 @@ class Batch:
             if num_granted == 0 or self._tokens.grant(1) == 0:
                 break
             is_here = sequence.pipeline is self._pipeline  # not preempted a moment ago
-            if is_here and sequence.sequence_id not in self._parts:
+            if is_here and sequence.sequence_id not in self._sequences:
                 self._add(sequence, num_granted, share)
 
     def deal(self, sequences: Iterable[Sequence], share: CostBudget) -> None:
         """The same for those that need one token each.
 
-        Most rows of most steps are of this kind, so less is asked about them.
+        Most rows of most steps are of this kind, so less is asked about those of them that stages
+        know and that need no new block.
         """
         if self._pipeline.lacks:
             self.fill(sequences, share)
             return
-        pipeline, tokens, parts = self._pipeline, self._tokens, self._parts
-        size = pipeline.facts.block_size_tokens
+        pipeline, tokens, chosen = self._pipeline, self._tokens, self._sequences
+        size, ready = pipeline.facts.block_size_tokens, pipeline.turns.ready
         for sequence in sequences:
-            if share.is_used_up or tokens.is_used_up:
+            if tokens.remaining <= tokens.reserved or share.is_used_up:
                 break
-            if sequence.pipeline is not pipeline or sequence.sequence_id in parts:
+            number, position = sequence.sequence_id, sequence.num_scheduled
+            if sequence.pipeline is not pipeline or number in chosen:
                 continue
-            start = sequence.num_scheduled
-            has_room = start < len(sequence.table.groups[0]) * size
-            if has_room or self._make_room(sequence, start + 1) > start:
-                sequence.num_scheduled = start + 1
-                tokens.take(1)
-                share.take_one(start)
-                parts[sequence.sequence_id] = _Part(sequence, start, start + 1)
-                pipeline.turns.had_turn(sequence, may_wait=False)
+            if sequence.needs_state or position == len(sequence.table.groups[0]) * size:
+                self._add(sequence, 1, share)
+                continue
+            sequence.num_scheduled = position + 1
+            tokens.remaining -= 1
+            share.take_one(position)
+            chosen[number] = sequence
+            del ready[number]
 
     def send(self, now_ns: int) -> Step | None:
         """The step, or None without rows. What is to be forgotten waits for rows, but not on an
         idle pipeline: the stages should not hold on to it."""
-        parts = self._parts.values()
-        if not parts and (self._pipeline.in_flight or not self._pipeline.to_forget):
+        pipeline, parts = self._pipeline, self._parts
+        if not self._sequences and (pipeline.in_flight or not pipeline.to_forget):
             return None
-        rows = tuple(map(self._row, parts))
-        in_flight = tuple(map(_in_flight, rows, parts))
-        return self._pipeline.send(rows, in_flight, now_ns)
+        num_stages = pipeline.facts.num_stages
+        rows = tuple(
+            [
+                self._row(parts[number]) if number in parts else _decode_row(sequence, num_stages)
+                for number, sequence in self._sequences.items()
+            ]
+        )
+        rebuilds = {number: part.rebuild for number, part in parts.items() if part.rebuild}
+        return pipeline.send(rows, tuple(self._sequences.values()), rebuilds, now_ns)
 
     def _add(self, sequence: Sequence, max_tokens: int, share: CostBudget) -> None:
         lacks = self._pipeline.lacks
@@ -137,7 +147,8 @@ class Batch:
         num_tokens = part.end - part.start
         self._tokens.take(num_tokens)
         share.take(part.start, num_tokens)
-        self._parts[part.sequence.sequence_id] = part
+        number = part.sequence.sequence_id
+        self._sequences[number], self._parts[number] = part.sequence, part
         self._pipeline.had_turn(part.sequence)
 
     def _make_room(self, sequence: Sequence, end: int) -> int:
@@ -164,17 +175,15 @@ class Batch:
 
     def _drop(self, victim: Sequence) -> None:
         part = self._parts.pop(victim.sequence_id, None)
-        if part is not None:
-            self._tokens.give_back(part.end - part.start)
-            if part.rebuild is not None:
-                self._pipeline.lacks.release(part.rebuild)
+        if self._sequences.pop(victim.sequence_id, None) is not None:
+            self._tokens.give_back(part.end - part.start if part else 1)
+        if part is not None and part.rebuild is not None:
+            self._pipeline.lacks.release(part.rebuild)
         self._preempt(victim)
 
     def _row(self, part: _Part) -> Row:
         sequence, start, end, rebuild = part
         is_first = sequence.needs_state
-        if rebuild is None and not is_first and end - start == 1 and end == len(sequence.tokens):
-            return self._decode_row(sequence, start)
         sequence.needs_state = False
         sequence.is_known_to_stages = True
         logprobs = sequence.wanted_prompt_logprobs if rebuild is None else range(0)
@@ -196,27 +205,22 @@ class Batch:
             first_writing_stage=rebuild.writing_stage if rebuild else 0,
         )
 
-    def _decode_row(self, sequence: Sequence, start: int) -> Row:
-        """The last token of a sequence that the stages know: what most rows are."""
-        return Row(
-            sequence.sequence_id,
-            sequence.run,
-            start,
-            1,
-            (sequence.tokens[start],),
-            sequence.table.take_updates(whole=False),
-            0,
-            self._pipeline.facts.num_stages,
-            (start,),
-        )
+
+def _decode_row(sequence: Sequence, num_stages: int) -> Row:
+    """The last token of a sequence that the stages know, table and all: what most rows are."""
+    position = sequence.num_scheduled - 1
+    return Row(
+        sequence.sequence_id,
+        sequence.run,
+        position,
+        1,
+        (sequence.tokens[position],),
+        (),
+        0,
+        num_stages,
+        (position,),
+    )
 
 
 def _overlap(wanted: range, start: int, end: int) -> tuple[int, ...]:
     return tuple(range(max(start, wanted.start), min(end, wanted.stop)))
-
-
-def _in_flight(row: Row, part: _Part) -> RowInFlight:
-    sequence, start, end, rebuild = part
-    return RowInFlight(
-        sequence, row.run, start, end, row.sample_positions, row.logprob_positions, rebuild
-    )

@@ -14,20 +14,16 @@ class TokenBudget:
 
     def __init__(self, max_tokens: int, max_chunk_tokens: int | None) -> None:
         self.remaining = max_tokens
+        self.reserved = 0
         self._max_chunk_tokens = max_chunk_tokens or max_tokens
-        self._reserved = 0
-
-    @property
-    def is_used_up(self) -> bool:
-        return self.remaining <= self._reserved
 
     def reserve(self, num_tokens: int) -> None:
         """Keeps so many tokens back from now on."""
-        self._reserved = num_tokens
+        self.reserved = num_tokens
 
     def grant(self, num_wanted: int) -> int:
         """How many of these tokens one sequence may have, 0 if the step is full."""
-        return max(0, min(num_wanted, self.remaining - self._reserved, self._max_chunk_tokens))
+        return max(0, min(num_wanted, self.remaining - self.reserved, self._max_chunk_tokens))
 
     def take(self, num_tokens: int) -> None:
         self.remaining -= num_tokens
@@ -45,6 +41,8 @@ class CostBudget:
         self._crumb = (1 - _OVERDRAFT) * rates.token
         self._rates = rates
         self._is_untouched = True
+        # Whether `grant` would give nothing to a sequence at the beginning of its context.
+        self.is_used_up = False
 
     def grant(self, start: int, num_wanted: int) -> int:
         """How many of the tokens from `start` on may be had. What is left is never too little for
@@ -57,18 +55,16 @@ class CostBudget:
             num = max(1, num, self._rates.num_tokens_for(self._least, start))
         return min(num_wanted, num)
 
-    @property
-    def is_used_up(self) -> bool:
-        """Whether `grant` would give nothing to a sequence at the beginning of its context."""
-        return self._remaining < self._crumb and not self._is_untouched
-
     def take_one(self, position: int) -> None:
-        self._remaining -= self._rates.token + self._rates.position * (position + 1)
+        rates = self._rates
+        self._remaining -= rates.token + rates.position * (position + 1)
         self._is_untouched = False
+        self.is_used_up = self._remaining < self._crumb
 
     def take(self, start: int, num_tokens: int) -> None:
         self._remaining -= self._rates.tokens(start, num_tokens)
         self._is_untouched = False
+        self.is_used_up = self._remaining < self._crumb
 
 
 class BlockBudget:

@@ -8,6 +8,7 @@ from enum import Enum
 from scheduler.core.request import RequestKey
 from stagemesh.errors import StageMeshError
 from stagemesh.plan import SampledToken
+from stagemesh.values import value
 
 
 class EndReason(Enum):
@@ -25,14 +26,12 @@ class Admission:
     queue_ns: int
 
 
-@dataclass(slots=True)
+@value
 class Tokens:
     """`tokens` stand at [index, index + len(tokens)) of the output.
 
     `prompt_logprobs` comes with the first tokens of a request that asked for it: one entry per
     prompt token but the first. `admission` comes with the first tokens of an attempt.
-
-    Nobody changes it; it is not frozen since one is made per token, and that takes much longer.
     """
 
     key: RequestKey

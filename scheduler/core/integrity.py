@@ -61,19 +61,23 @@ def _check_turns(pipeline: Pipeline) -> None:
     _check(turns.ready.keys() <= running.keys(), pipeline, "has a turn for who does not run")
     num_tokens = sum(one.num_tokens for one in running.values())
     _check(turns.num_tokens == num_tokens, pipeline, "has miscounted its tokens")
+    worst = max((one.request.priority for one in running.values()), default=None)
+    _check(turns.worst_priority == worst, pipeline, "has miscounted its priorities")
 
 
 def _check_steps(pipeline: Pipeline) -> None:
     """Rows in flight cover [num_computed, num_scheduled) of every sequence, in order."""
-    steps = [step.step for step in pipeline.in_flight]
+    steps = [each.step.step for each in pipeline.in_flight]
     expected = list(range(pipeline.next_step - len(steps), pipeline.next_step))
     _check(steps == expected, pipeline, "has a gap among its steps in flight")
     reached = {one.sequence_id: one.num_computed for one in pipeline.running.values()}
-    for step in pipeline.in_flight:
-        for row in step.rows:
-            if row.is_current and row.rebuild is None:
-                number = row.sequence.sequence_id
-                _check(row.start == reached[number], row.sequence, "has a gap in flight")
+    for each in pipeline.in_flight:
+        for sequence, row in zip(each.sequences, each.step.rows, strict=True):
+            number = sequence.sequence_id
+            _check(row.sequence_id == number, sequence, "is given the row of another")
+            is_current = not sequence.has_ended and sequence.run == row.run
+            if is_current and number not in each.rebuilds:
+                _check(row.start == reached[number], sequence, "has a gap in flight")
                 reached[number] = row.end
     for sequence in pipeline.running.values():
         is_covered = reached[sequence.sequence_id] == sequence.num_scheduled
@@ -87,8 +91,7 @@ def _check_lacks(pipeline: Pipeline) -> None:
         for stage, blocks in pipeline.lacks.by_stage.items()
         for block_id, lack in blocks.items()
     }
-    rebuilds = [row.rebuild for step in pipeline.in_flight for row in step.rows if row.rebuild]
-    for part in rebuilds:
+    for part in (part for each in pipeline.in_flight for part in each.rebuilds.values()):
         for stage in part.stages:
             reached |= {(stage, b): end for b, end in part.ends if (stage, b) in reached}
     for (stage, block_id), end in reached.items():
@@ -107,6 +110,8 @@ def _check_running(pipeline: Pipeline, sequence: Sequence) -> None:
     _check(is_ordered, sequence, "has counters out of order")
     _check(sequence.num_computed < sequence.num_tokens, sequence, "is computed and not sampled")
     _check(sequence.num_tokens < pipeline.facts.capacity_tokens, sequence, "is too long")
+    max_length = min(sequence.request.total_length, pipeline.facts.capacity_tokens)
+    _check(sequence.max_length == max_length, sequence, "would end too late or too soon")
 
 
 def _check_table(pipeline: Pipeline, sequence: Sequence, shared: set[int]) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from scheduler.core.blocks import BlockName, BlockPool
+from scheduler.core.in_flight import StepInFlight
 from scheduler.core.lacks import Lacks, RebuildPart
 from scheduler.core.limits import SchedulerLimits
 from scheduler.core.pace import Pace
@@ -53,42 +53,6 @@ class PipelineFacts:
 
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size_tokens)
-
-
-class RowInFlight(NamedTuple):
-    """A row that was sent: positions [start, end) of this run of the sequence.
-
-    With `rebuild` they were computed before and come back to the stages that lack them.
-    """
-
-    sequence: Sequence
-    run: int
-    start: int
-    end: int
-    sample_positions: tuple[int, ...]
-    logprob_positions: tuple[int, ...]
-    rebuild: RebuildPart | None = None
-
-    @property
-    def is_current(self) -> bool:
-        return not self.sequence.has_ended and self.sequence.run == self.run
-
-
-@dataclass(frozen=True, slots=True)
-class StepInFlight:
-    step: int
-    rows: tuple[RowInFlight, ...]
-    forget: tuple[SequenceRun, ...]
-    sent_ns: int
-
-    def num_tokens_and_positions(self) -> tuple[int, float]:
-        """Positions are those that each token attends to, summed over the tokens."""
-        num_tokens, num_positions = 0, 0.0
-        for row in self.rows:
-            num = row.end - row.start
-            num_tokens += num
-            num_positions += num * (row.start + (num + 1) / 2)
-        return num_tokens, num_positions
 
 
 _NUM_RECENT_TIMINGS = 32
@@ -180,7 +144,7 @@ class Pipeline:
         num_tokens = len(hits) * self.facts.block_size_tokens
         sequence.num_computed = sequence.num_scheduled = num_tokens
         sequence.num_named = len(hits)
-        sequence.pipeline = self
+        sequence.run_on(self)
         self.turns.begin(sequence)
 
     def grow(self, sequence: Sequence, num_entries: int) -> None:
@@ -205,13 +169,20 @@ class Pipeline:
         if sequence.is_known_to_stages:
             self.to_forget.append(sequence.sequence_run)
 
-    def send(self, rows: tuple[Row, ...], in_flight: tuple[RowInFlight, ...], now_ns: int) -> Step:
+    def send(
+        self,
+        rows: tuple[Row, ...],
+        sequences: tuple[Sequence, ...],
+        rebuilds: Mapping[int, RebuildPart],
+        now_ns: int,
+    ) -> Step:
+        """The next step, under way from now on; see StepInFlight."""
         self.lacks.commit()
         self.unscheduled.ended(now_ns)
         forget = tuple(self.to_forget)
         self.to_forget.clear()
         step = Step(self.pipeline_id, self.epoch, self.next_step, rows, forget, self._is_all(rows))
-        self.in_flight.append(StepInFlight(self.next_step, in_flight, forget, now_ns))
+        self.in_flight.append(StepInFlight(step, sequences, rebuilds, now_ns))
         self.next_step += 1
         return step
 
@@ -222,18 +193,17 @@ class Pipeline:
 
     def step_done(self, timings: tuple[HopTiming, ...], now_ns: int) -> None:
         """The oldest step in flight was answered: what it rebuilt is there."""
-        step = self.in_flight.popleft()
+        done = self.in_flight.popleft()
         if not self.in_flight:
             self.unscheduled.began(now_ns)
         self.num_steps_done += 1
-        rebuilt = [row.rebuild for row in step.rows if row.rebuild is not None]
-        for part in rebuilt:
+        for part in done.rebuilds.values():
             self.lacks.rebuilt(part)
             self.num_tokens_rebuilt += part.end - part.start
-        if not rebuilt:  # a step through a part of the stages tells nothing of whole ones
-            num_tokens, num_positions = step.num_tokens_and_positions()
-            self.step_cost.step_done(num_tokens, step.sent_ns, now_ns)
-            self.pace.step_done(num_tokens, num_positions, timings, now_ns - step.sent_ns)
+        if not done.rebuilds:  # a step through a part of the stages tells nothing of whole ones
+            num_tokens, num_positions = done.num_tokens_and_positions()
+            self.step_cost.step_done(num_tokens, done.sent_ns, now_ns)
+            self.pace.step_done(num_tokens, num_positions, timings, now_ns - done.sent_ns)
             self.pace.tune(len(self.running), self.turns.num_tokens)
         if timings:
             self.recent_timings.append(timings)
@@ -263,7 +233,7 @@ class Pipeline:
         """
         self.suspended_ns = now_ns if self.suspended_ns is None else self.suspended_ns
         self.unscheduled.ended(now_ns)
-        self.to_forget[:0] = [run for step in self.in_flight for run in step.forget]
+        self.to_forget[:0] = [run for each in self.in_flight for run in each.step.forget]
         self.in_flight.clear()
         self.lacks.undo()
         for sequence in self.running.values():
@@ -288,6 +258,8 @@ class Pipeline:
         self.pool.resize(facts.num_blocks)
         self.facts = facts
         self.capacity_tokens = facts.capacity_tokens
+        for sequence in self.running.values():
+            sequence.run_on(self)
         self.epoch = facts.epoch
         self.lacks.resize_logs(self._num_log_blocks(), self.pool.blocks_in_use())
         self.next_step = 0

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from scheduler.core.pipeline import Pipeline, RowInFlight, StepInFlight
-from stagemesh.errors import ProtocolError, StepOutOfOrder
-from stagemesh.plan import RowResult, SampledToken, StepResult
+from scheduler.core.in_flight import StepInFlight
+from scheduler.core.pipeline import Pipeline
+from stagemesh.errors import (
+    InternalError,
+    NotFiniteError,
+    ProtocolError,
+    StageMeshError,
+    StepOutOfOrder,
+)
+from stagemesh.plan import NOT_FINITE, Row, RowResult, SampledToken, StepResult
 
 
 def match_result(pipeline: Pipeline, result: StepResult) -> StepInFlight | None:
@@ -21,29 +28,33 @@ def match_result(pipeline: Pipeline, result: StepResult) -> StepInFlight | None:
     where = f"{result.pipeline_id}, step {result.step}"
     if result.step > oldest or not pipeline.in_flight:
         raise StepOutOfOrder(f"{where}: the result of step {oldest} is still to come")
-    step = pipeline.in_flight[0]
-    if len(result.rows) != len(step.rows):
-        raise ProtocolError(f"{where}: {len(result.rows)} results for {len(step.rows)} rows")
-    for row, answer in zip(step.rows, result.rows, strict=True):
-        if not _is_one_token(row, answer):
+    in_flight = pipeline.in_flight[0]
+    rows = in_flight.step.rows
+    if len(result.rows) != len(rows):
+        raise ProtocolError(f"{where}: {len(result.rows)} results for {len(rows)} rows")
+    for row, answer in zip(rows, result.rows, strict=True):
+        planned, sampled = row.sample_positions, answer.sampled
+        # Most answers are one token that was asked for: nothing more is to be asked about those.
+        if not (
+            len(sampled) == len(planned) == 1
+            and sampled[0].position == planned[0] + 1
+            and answer.sequence_id == row.sequence_id
+            and answer.run == row.run
+            and not (answer.prompt_logprobs or row.logprob_positions or answer.error)
+        ):
             _check_row(where, row, answer)
-    return step
+    return in_flight
 
 
-def _is_one_token(row: RowInFlight, answer: RowResult) -> bool:
-    """Whether it is what most answers are, so that nothing more is to be asked about it."""
-    planned, sampled = row.sample_positions, answer.sampled
-    return (
-        len(sampled) == len(planned) == 1
-        and sampled[0].position == planned[0] + 1
-        and answer.sequence_id == row.sequence.sequence_id
-        and answer.run == row.run
-        and not (row.logprob_positions or answer.prompt_logprobs or answer.error)
-    )
+def row_error(error: str) -> StageMeshError:
+    """What the client is told where a stage says this of a row."""
+    if error == NOT_FINITE:
+        return NotFiniteError("the model's numbers became NaN or infinite for this request")
+    return InternalError(f"a stage failed: {error}")
 
 
-def _check_row(where: str, row: RowInFlight, answer: RowResult) -> None:
-    sequence_id = row.sequence.sequence_id
+def _check_row(where: str, row: Row, answer: RowResult) -> None:
+    sequence_id = row.sequence_id
     if answer.sequence_id != sequence_id or answer.run != row.run:
         raise ProtocolError(
             f"{where}: a result for sequence {answer.sequence_id} run {answer.run} where "

@@ -11,26 +11,25 @@ from collections.abc import Collection
 
 from scheduler.core.events import EndReason, Finished, Tokens
 from scheduler.core.forecast import check_deadline
+from scheduler.core.in_flight import StepInFlight
 from scheduler.core.integrity import check_core
 from scheduler.core.limits import SchedulerLimits
 from scheduler.core.moving import RECONSIDER_NS
-from scheduler.core.pipeline import Pipeline, PipelineFacts, RowInFlight
+from scheduler.core.pipeline import Pipeline, PipelineFacts
 from scheduler.core.planner import Planner
 from scheduler.core.request import Request, RequestKey
-from scheduler.core.results import match_result
+from scheduler.core.results import match_result, row_error
 from scheduler.core.roster import Roster
 from scheduler.core.sequence import PROBE, Sequence
 from scheduler.core.stats import CoreStats, core_stats
 from stagemesh.errors import (
     ContextLengthExceeded,
-    InternalError,
     MeshUnavailable,
-    NotFiniteError,
     QueueFull,
     RequestDeadlineExceeded,
     StageMeshError,
 )
-from stagemesh.plan import NOT_FINITE, RowResult, Step, StepResult
+from stagemesh.plan import RowResult, Step, StepResult
 
 
 class SchedulerCore:
@@ -137,9 +136,8 @@ class SchedulerCore:
         pipeline = self._pipelines.get(pipeline_id)
         if pipeline is None or not pipeline.in_flight:
             return
-        for row in pipeline.in_flight[0].rows:
-            if row.is_current:
-                self._end(row.sequence, EndReason.ERROR, error)
+        for sequence in pipeline.in_flight[0].current_sequences():
+            self._end(sequence, EndReason.ERROR, error)
 
     def probe(self, pipeline_id: str, now_ns: int) -> bool:
         """Has one token go through the whole of an idle pipeline; all that comes of it is a step.
@@ -170,15 +168,11 @@ class SchedulerCore:
         """
         self._now_ns = now_ns
         pipeline = self._pipelines.get(result.pipeline_id)
-        step = match_result(pipeline, result) if pipeline else None
-        if pipeline is None or step is None:
+        in_flight = match_result(pipeline, result) if pipeline else None
+        if pipeline is None or in_flight is None:
             return
         pipeline.step_done(result.timings, now_ns)
-        num_generated = 0
-        for row, answer in zip(step.rows, result.rows, strict=True):
-            if row.is_current:
-                num_generated += 0 if row.sequence.is_probe else len(answer.sampled)
-                self._take_row(pipeline, row, answer)
+        num_generated = self._take_rows(pipeline, in_flight, result.rows)
         self._roster.counters.tokens_generated(num_generated, now_ns)
 
     def take_events(self) -> list[Tokens | Finished]:
@@ -219,10 +213,8 @@ class SchedulerCore:
                 f"{num_waiting} requests are waiting, no more are taken",
                 retry_after_s=self._roster.counters.retry_after_s(num_waiting, self._now_ns),
             )
-        pipelines = self._pipelines.values()
-        check_deadline(
-            request, self._roster.queue, pipelines, self._limits.max_step_tokens, self._now_ns
-        )
+        pipelines, max_tokens = self._pipelines.values(), self._limits.max_step_tokens
+        check_deadline(request, self._roster.queue, pipelines, max_tokens, self._now_ns)
 
     def _lateness(self) -> StageMeshError:
         if all(pipeline.is_suspended for pipeline in self._pipelines.values()):
@@ -240,17 +232,28 @@ class SchedulerCore:
             self._end_if_done(sequence)
             self._end_if_too_long(sequence)
 
-    def _take_row(self, pipeline: Pipeline, row: RowInFlight, answer: RowResult) -> None:
-        sequence = row.sequence
-        if answer.error is not None:
-            self._fail(pipeline, sequence, answer.error)
-            return
-        if sequence.is_probe:
-            self._planner.preempt(sequence)
-            return
-        if row.rebuild is not None:
-            return
-        sequence.num_computed = row.end
+    def _take_rows(
+        self, pipeline: Pipeline, done: StepInFlight, answers: Collection[RowResult]
+    ) -> int:
+        """How many tokens were generated."""
+        num_generated = 0
+        for sequence, row, answer in zip(done.sequences, done.step.rows, answers, strict=True):
+            if sequence.run != row.run or sequence.has_ended:
+                continue  # it was given up since
+            if answer.error is not None:
+                self._fail(pipeline, sequence, answer.error)
+            elif sequence.is_probe:
+                self._planner.preempt(sequence)
+            elif sequence.sequence_id not in done.rebuilds:
+                num_generated += len(answer.sampled)
+                self._take_row(pipeline, sequence, row.end, answer)
+        return num_generated
+
+    def _take_row(
+        self, pipeline: Pipeline, sequence: Sequence, end: int, answer: RowResult
+    ) -> None:
+        """The sequence is computed up to `end`."""
+        sequence.num_computed = end
         if answer.prompt_logprobs:
             sequence.prompt_logprobs += answer.prompt_logprobs
         if self._limits.prefix_cache and pipeline.has_new_block(sequence):
@@ -258,19 +261,20 @@ class SchedulerCore:
         for token in answer.sampled:
             self._roster.deliver(sequence, token)
             pipeline.turns.token_came(sequence)
-            self._end_if_done(sequence)
+            num_tokens = len(sequence.tokens)
+            if num_tokens >= sequence.max_length or token.token_id in sequence.stop_token_ids:
+                self._end_if_done(sequence)
 
     def _end_if_done(self, sequence: Sequence) -> None:
         """Ends the sequence if its last token was its last."""
-        request, num_tokens = sequence.request, len(sequence.tokens)
-        num_output = num_tokens - sequence.num_prompt_tokens
-        if num_output == 0:
+        num_tokens = len(sequence.tokens)
+        if num_tokens == sequence.num_prompt_tokens:
             return
         pipeline = sequence.pipeline
         max_length = pipeline.capacity_tokens if pipeline else self._max_capacity
-        if sequence.tokens[-1] in request.sampling.stop_token_ids:
+        if sequence.tokens[-1] in sequence.stop_token_ids:
             self._end(sequence, EndReason.STOP_TOKEN)
-        elif num_output >= request.max_tokens or num_tokens == max_length:
+        elif num_tokens >= sequence.request.total_length or num_tokens == max_length:
             self._end(sequence, EndReason.LENGTH)
 
     def _end_if_too_long(self, sequence: Sequence) -> None:
@@ -285,11 +289,7 @@ class SchedulerCore:
     def _fail(self, pipeline: Pipeline, sequence: Sequence, error: str) -> None:
         """A row could not be computed; what it may have spoilt is given to nobody else."""
         pipeline.forget_content(sequence.table.block_ids())
-        if error == NOT_FINITE:
-            message = "the model's numbers became NaN or infinite for this request"
-            self._end(sequence, EndReason.ERROR, NotFiniteError(message))
-        else:
-            self._end(sequence, EndReason.ERROR, InternalError(f"a stage failed: {error}"))
+        self._end(sequence, EndReason.ERROR, row_error(error))
 
     def _end(
         self, sequence: Sequence, reason: EndReason, error: StageMeshError | None = None

@@ -49,6 +49,9 @@ class Sequence:
     # A token that only shows whether a pipeline answers; nobody asked for it.
     is_probe: bool = field(init=False)
     num_prompt_tokens: int = field(init=False)
+    # With so many tokens it ends at the latest, where it runs.
+    max_length: int = field(init=False)
+    stop_token_ids: tuple[int, ...] = field(init=False)
     run: int = 0
     num_computed: int = 0
     num_scheduled: int = 0
@@ -70,6 +73,8 @@ class Sequence:
         self.tokens = [*self.request.prompt_token_ids, *self.request.output_token_ids]
         self.is_probe = self.request is PROBE
         self.num_prompt_tokens = len(self.request.prompt_token_ids)
+        self.max_length = self.request.total_length
+        self.stop_token_ids = self.request.sampling.stop_token_ids
 
     @property
     def key(self) -> RequestKey:
@@ -149,6 +154,11 @@ class Sequence:
             root = root_hash(facts.model_identity, self.request.cache_salt, total_length)
             chain = self._chains[key] = HashChain(root, facts.block_size_tokens)
         return chain
+
+    def run_on(self, pipeline: Pipeline) -> None:
+        """From now on, or from now on with another capacity."""
+        self.pipeline = pipeline
+        self.max_length = min(self.request.total_length, pipeline.capacity_tokens)
 
     def begin_run(self) -> None:
         """The KV was given up and the table is empty: results of rows in flight will be dropped."""

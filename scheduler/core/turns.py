@@ -5,7 +5,7 @@ Only the latter are looked at to plan a step, however many others are under way.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 
 from scheduler.core.sequence import Sequence
@@ -19,15 +19,26 @@ class Turns:
         # Those of them that have something to plan, and maybe others; whoever waited longest first.
         self.ready: OrderedDict[int, Sequence] = OrderedDict()
         self.num_tokens = 0
+        self._num_by_priority: Counter[int] = Counter()
+
+    @property
+    def worst_priority(self) -> int | None:
+        """Of all that run."""
+        return max(self._num_by_priority, default=None)
 
     def begin(self, sequence: Sequence) -> None:
         self.running[sequence.sequence_id] = self.ready[sequence.sequence_id] = sequence
         self.num_tokens += sequence.num_tokens
+        self._num_by_priority[sequence.request.priority] += 1
 
     def end(self, sequence: Sequence) -> None:
         del self.running[sequence.sequence_id]
         self.ready.pop(sequence.sequence_id, None)
         self.num_tokens -= sequence.num_tokens
+        priority = sequence.request.priority
+        self._num_by_priority[priority] -= 1
+        if self._num_by_priority[priority] == 0:
+            del self._num_by_priority[priority]
 
     def token_came(self, sequence: Sequence) -> None:
         """The sequence has one token more, which is to be planned."""
@@ -61,8 +72,12 @@ class Turns:
                 num = len(sequence.tokens) - sequence.num_scheduled
             else:
                 num = num_pending(sequence)
-            kind = done if num == 0 else decoding if num == 1 else catching_up
-            kind.append(sequence)
+            if num == 1:
+                decoding.append(sequence)
+            elif num > 1:
+                catching_up.append(sequence)
+            else:
+                done.append(sequence)
         if num_pending is None:
             for sequence in done:
                 del self.ready[sequence.sequence_id]

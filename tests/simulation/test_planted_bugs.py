@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import pytest
 from simulation.fake_stage import BrokenPlan
@@ -11,11 +12,13 @@ from simulation.planting import caught
 
 from scheduler.core import batch, prefix, results, scheduler
 from scheduler.core.blocks import BlockPool
-from scheduler.core.pipeline import Pipeline, RowInFlight
+from scheduler.core.in_flight import StepInFlight
+from scheduler.core.lacks import RebuildPart
+from scheduler.core.pipeline import Pipeline
 from scheduler.core.scheduler import SchedulerCore
 from scheduler.core.sequence import Sequence
 from scheduler.core.table import BlockTable
-from stagemesh.plan import BlockUpdate, RowResult, SequenceState, StepResult
+from stagemesh.plan import BlockUpdate, Row, RowResult, SequenceState, Step, StepResult
 
 
 def test_a_page_that_is_reused_while_its_content_is_still_known(
@@ -55,22 +58,30 @@ def test_positions_in_flight_that_a_new_epoch_takes_for_computed(
 
 
 def test_a_result_that_is_taken_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    take_row = SchedulerCore._take_row
+    take_rows = SchedulerCore._take_rows
 
     def take_twice(
-        self: SchedulerCore, pipeline: Pipeline, row: RowInFlight, answer: RowResult
-    ) -> None:
-        take_row(self, pipeline, row, answer)
-        if row.is_current:
-            take_row(self, pipeline, row, answer)
+        self: SchedulerCore, pipeline: Pipeline, done: StepInFlight, answers: tuple[RowResult, ...]
+    ) -> int:
+        take_rows(self, pipeline, done, answers)
+        return take_rows(self, pipeline, done, answers)
 
-    monkeypatch.setattr(SchedulerCore, "_take_row", take_twice)
+    monkeypatch.setattr(SchedulerCore, "_take_rows", take_twice)
     assert isinstance(caught(), Violation)
 
 
 def test_a_result_of_an_older_run_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    is_current = property(lambda row: not row.sequence.has_ended)
-    monkeypatch.setattr(RowInFlight, "is_current", is_current)
+    take_rows = SchedulerCore._take_rows
+
+    def take_all(
+        self: SchedulerCore, pipeline: Pipeline, done: StepInFlight, answers: tuple[RowResult, ...]
+    ) -> int:
+        pairs = zip(done.step.rows, done.sequences, strict=True)
+        rows = tuple(replace(row, run=sequence.run) for row, sequence in pairs)
+        as_if = replace(done, step=replace(done.step, rows=rows))
+        return take_rows(self, pipeline, as_if, answers)
+
+    monkeypatch.setattr(SchedulerCore, "_take_rows", take_all)
     caught()
 
 
@@ -135,14 +146,18 @@ def test_blocks_named_before_they_are_computed(monkeypatch: pytest.MonkeyPatch) 
     send = Pipeline.send
 
     def send_and_name(
-        self: Pipeline, rows: tuple[object, ...], in_flight: tuple[RowInFlight, ...], now_ns: int
-    ) -> object:
-        for row in in_flight:
-            computed = row.sequence.num_computed
-            row.sequence.num_computed = row.end
-            self.name_computed_blocks(row.sequence)
-            row.sequence.num_computed = computed
-        return send(self, rows, in_flight, now_ns)  # type: ignore[arg-type]
+        self: Pipeline,
+        rows: tuple[Row, ...],
+        sequences: tuple[Sequence, ...],
+        rebuilds: Mapping[int, RebuildPart],
+        now_ns: int,
+    ) -> Step:
+        for row, sequence in zip(rows, sequences, strict=True):
+            computed = sequence.num_computed
+            sequence.num_computed = row.end
+            self.name_computed_blocks(sequence)
+            sequence.num_computed = computed
+        return send(self, rows, sequences, rebuilds, now_ns)
 
     monkeypatch.setattr(Pipeline, "send", send_and_name)
     caught()

@@ -13,12 +13,13 @@ from simulation.planting import caught
 from scheduler.core import PipelineFacts, SchedulerCore, Tokens
 from scheduler.core.batch import Batch
 from scheduler.core.blocks import BlockPool
+from scheduler.core.in_flight import StepInFlight
 from scheduler.core.lacks import Lacks
 from scheduler.core.pipeline import Pipeline
 from scheduler.core.roster import Roster
 from scheduler.core.sequence import Sequence
 from scheduler.core.table import BlockTable
-from stagemesh.plan import Row, SampledToken
+from stagemesh.plan import Row, RowResult, SampledToken
 
 
 def is_wrong_token(error: Exception) -> bool:
@@ -50,8 +51,8 @@ def test_a_position_that_a_rebuild_misses(monkeypatch: pytest.MonkeyPatch) -> No
     def skip_one(row: Row) -> Row:
         if row.num_tokens < 2:
             return row
-        return row._replace(
-            start=row.start + 1, num_tokens=row.num_tokens - 1, token_ids=row.token_ids[1:]
+        return replace(
+            row, start=row.start + 1, num_tokens=row.num_tokens - 1, token_ids=row.token_ids[1:]
         )
 
     _with_rebuild_rows_changed(monkeypatch, skip_one)
@@ -59,7 +60,7 @@ def test_a_position_that_a_rebuild_misses(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_rebuild_row_that_writes_where_kv_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
-    _with_rebuild_rows_changed(monkeypatch, lambda row: row._replace(first_writing_stage=0))
+    _with_rebuild_rows_changed(monkeypatch, lambda row: replace(row, first_writing_stage=0))
     assert "written again" in str(caught())
 
 
@@ -69,20 +70,21 @@ def test_a_rebuild_row_that_does_not_write_where_kv_is_lost(
     def write_late(row: Row) -> Row:
         writing = max(row.first_stage, row.first_writing_stage)
         is_last = writing + 1 == row.end_stage
-        return row if is_last else row._replace(first_writing_stage=writing + 1)
+        return row if is_last else replace(row, first_writing_stage=writing + 1)
 
     _with_rebuild_rows_changed(monkeypatch, write_late)
     assert is_wrong_token(caught())
 
 
 def test_a_rebuilt_position_that_is_taken_for_a_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    take_row = SchedulerCore._take_row
+    take_rows = SchedulerCore._take_rows
 
-    def take(self: SchedulerCore, pipeline: Pipeline, row: object, answer: object) -> None:
-        as_new = row._replace(rebuild=None)  # type: ignore[attr-defined]
-        take_row(self, pipeline, as_new, answer)  # type: ignore[arg-type]
+    def take(
+        self: SchedulerCore, pipeline: Pipeline, done: StepInFlight, answers: tuple[RowResult, ...]
+    ) -> int:
+        return take_rows(self, pipeline, replace(done, rebuilds={}), answers)
 
-    monkeypatch.setattr(SchedulerCore, "_take_row", take)
+    monkeypatch.setattr(SchedulerCore, "_take_rows", take)
     caught()
 
 

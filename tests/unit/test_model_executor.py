@@ -42,12 +42,12 @@ def first_row(**changes: Any) -> Row:
         sample_positions=(4,),
         state=SequenceState(PROMPT, (), GREEDY, 12),
     )
-    return row._replace(**changes)
+    return dataclasses.replace(row, **changes)
 
 
 def next_row(token: int, **changes: Any) -> Row:
     row = Row(1, 0, 5, 1, (token,), (), 0, 3, sample_positions=(5,))
-    return row._replace(**changes)
+    return dataclasses.replace(row, **changes)
 
 
 def sampled(chain: Chain, row: Row) -> int:
@@ -156,11 +156,11 @@ def test_blocks_that_are_not_logged_are_not_read(model: Path) -> None:
     row = first_row(block_updates=(BlockUpdate(0, (1, 3)),), end_stage=2)
     token = sampled(chain, row)
     changes = {"first_stage": 1, "input_from_log_of_stage": 0, "token_ids": ()}
-    logged = row._replace(**changes, num_tokens=4, sample_positions=())
+    logged = dataclasses.replace(row, **changes, num_tokens=4, sample_positions=())
     assert chain.execute([logged])[0].sampled == ()
     with pytest.raises(ProtocolError, match=r"logs blocks \[0, 2\)"):
-        chain.execute([row._replace(**changes)])
-    assert sampled(chain, row._replace(run=1)) == token
+        chain.execute([dataclasses.replace(row, **changes)])
+    assert sampled(chain, dataclasses.replace(row, run=1)) == token
 
 
 def test_payloads_that_do_not_fit(chain: Chain) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,7 @@ def test_a_short_log_is_written_from_its_end(
     last = chain.beside("q", num_blocks=8)
     last.num_log_blocks = num_log_blocks
     last.join(keep_kv=False)
-    last.execute([first_row(1, 2), first_row(3, 5)._replace(sequence_id=2)])
+    last.execute([first_row(1, 2), dataclasses.replace(first_row(3, 5), sequence_id=2)])
     assert written(last.stages[0]) == ({6, 5, 4, 2}, logged)
 
 
@@ -122,7 +123,7 @@ def test_one_shrinks_and_the_other_grows(both: tuple[Chain, Chain]) -> None:
     token = result.sampled[0].token_id
     with pytest.raises(ProtocolError, match="blocks hold 4 tokens"):
         first.execute([next_row(token)])
-    again = first_row()._replace(block_updates=())
+    again = dataclasses.replace(first_row(), block_updates=())
     with pytest.raises(ProtocolError, match="blocks hold 4 tokens"):
         first.execute([again])
     last.execute([first_row(0, 3)])

@@ -25,6 +25,7 @@ from support.plan_values import (
 )
 
 from stagemesh import plan, wire
+from stagemesh import wire_steps as steps
 from stagemesh.errors import InvalidRequest, ProtocolError, StaleEpoch, from_code
 from stagemesh.plan import Epoch, HopTiming, RowResult, Step, StepResult
 from stagemesh.sampling import SamplingSpec
@@ -33,14 +34,22 @@ CONVERSIONS = {
     Epoch: (EPOCHS, wire.epoch_to_proto, wire.epoch_from_proto),
     plan.Span: (st.builds(plan.Span, U32, U32), wire.span_to_proto, wire.span_from_proto),
     plan.SequenceRun: (RUNS, wire.sequence_run_to_proto, wire.sequence_run_from_proto),
-    plan.BlockUpdate: (UPDATES, wire.block_update_to_proto, wire.block_update_from_proto),
+    plan.BlockUpdate: (
+        UPDATES,
+        steps.block_update_to_proto,
+        steps.block_update_from_proto,
+    ),
     plan.SequenceState: (STATES, wire.sequence_state_to_proto, wire.sequence_state_from_proto),
-    plan.Row: (ROWS, wire.row_to_proto, wire.row_from_proto),
-    Step: (STEPS, wire.step_to_proto, wire.step_from_proto),
-    plan.SampledToken: (TOKENS, wire.sampled_token_to_proto, wire.sampled_token_from_proto),
-    RowResult: (ROW_RESULTS, wire.row_result_to_proto, wire.row_result_from_proto),
-    HopTiming: (TIMINGS, wire.hop_timing_to_proto, wire.hop_timing_from_proto),
-    StepResult: (RESULTS, wire.step_result_to_proto, wire.step_result_from_proto),
+    plan.Row: (ROWS, steps.row_to_proto, steps.row_from_proto),
+    Step: (STEPS, steps.step_to_proto, steps.step_from_proto),
+    plan.SampledToken: (
+        TOKENS,
+        steps.sampled_token_to_proto,
+        steps.sampled_token_from_proto,
+    ),
+    RowResult: (ROW_RESULTS, steps.row_result_to_proto, steps.row_result_from_proto),
+    HopTiming: (TIMINGS, steps.hop_timing_to_proto, steps.hop_timing_from_proto),
+    StepResult: (RESULTS, steps.step_result_to_proto, steps.step_result_from_proto),
     plan.ModelSummary: (SUMMARIES, wire.model_summary_to_proto, wire.model_summary_from_proto),
     SamplingSpec: (SAMPLINGS, wire.sampling_to_proto, wire.sampling_from_proto),
 }
