@@ -6,6 +6,9 @@ Long runs of a context that all queries of a row see are read in place. What is 
 runs and positions that some queries see, is copied, together with that of other rows: padded to
 one another and masked. A padded slot repeats a slot of its own row, so that no query ever reads a
 value of another sequence or of a stale page.
+
+Pages in another type than the queries' are always copied, and turned into it: a piece of a context
+at a time, small enough to be still in the processor's cache when it is attended to.
 """
 
 from __future__ import annotations
@@ -31,6 +34,12 @@ _MERGE_SLOTS = 4
 _GROUP_BYTES = 256 * 1024
 # Rows this long attend to themselves in a part that is causal, and leaves half uncomputed.
 _MIN_CAUSAL_TOKENS = 64
+# Pages in another type: slots of a piece, for few queries and for each of many (its results are
+# merged, and must not outweigh it) …
+_PIECE_SLOTS = 128
+_PIECE_SLOTS_PER_QUERY = 4
+# … and bytes of what a part makes of its pieces.
+_PART_BYTES = 1024 * 1024
 # No position of a query: nobody sees a slot there.
 _NOWHERE = 2**62
 
@@ -91,7 +100,8 @@ class _Planner:
         self._cache = cache
         self._alone = alone
         self._parts: list[Part] = []
-        self._rests: dict[int, list[_Rest]] = defaultdict(list)  # by number of queries
+        # By number of queries, and whether they see all of it.
+        self._rests: dict[tuple[int, bool], list[_Rest]] = defaultdict(list)
 
     def add(self, row: Query) -> None:
         """Its queries see positions from `first` on between them, and all of them [shared, end)."""
@@ -100,19 +110,23 @@ class _Planner:
             first, shared = max(0, row.start + 1 - self._window), max(0, row.end - self._window)
         stretches, loose = self._stretches(row, shared, row.end if num == 1 else row.start)
         self._parts += stretches
+        if not self._cache.in_place:
+            loose = self._cut(row, loose)
         if num == 1:
             if len(loose):
-                self._rests[num].append(_Rest(row, loose, None))
+                self._rests[num, True].append(_Rest(row, loose, None))
         elif num >= _MIN_CAUSAL_TOKENS and shared == 0:
             self._parts.append(_gathered(row, row.slots[row.start :], causal=True))
             if len(loose):
                 self._parts.append(_gathered(row, loose))
         else:
-            self._rests[num].append(_rest(row, range(first, min(shared, row.start)), loose))
+            rest = _rest(row, range(first, min(shared, row.start)), loose)
+            self._rests[num, False].append(rest)
 
     def all_parts(self) -> list[Part]:
+        part_bytes = None if self._cache.in_place else _PART_BYTES
         for rests in self._rests.values():
-            groups = _groups(rests, self._cache.slot_bytes)
+            groups = _groups(rests, self._cache.slot_bytes, part_bytes)
             self._parts += [_padded(group, self._window, self._cache.dtype) for group in groups]
         return self._parts
 
@@ -121,6 +135,8 @@ class _Planner:
 
         A run that is all that the step reads is worth it, however short.
         """
+        if not self._cache.in_place:
+            return [], row.slots[begin:end]
         alone = self._alone and row.num_tokens == 1
         min_slots = _RUN_BYTES // self._cache.slot_bytes + _MERGE_SLOTS * row.num_tokens
         if end - begin < min_slots and not alone:
@@ -131,6 +147,14 @@ class _Planner:
         stretches = [Stretch(_tokens(row), run) for run in runs if run.num_slots >= min_slots]
         short = [torch.arange(*run) for run in runs if run.num_slots < min_slots]
         return stretches, torch.cat(short) if short else row.slots[:0]
+
+    def _cut(self, row: Query, loose: Tensor) -> Tensor:
+        """Leaves what is no whole piece of slots that all of the row's queries see."""
+        size = max(_PIECE_SLOTS, _PIECE_SLOTS_PER_QUERY * row.num_tokens)
+        num_whole = len(loose) // size * size
+        for piece in loose[:num_whole].view(-1, size):
+            self._rests[row.num_tokens, True].append(_Rest(row, piece, None))
+        return loose[num_whole:]
 
 
 def _gathered(row: Query, slots: Tensor, *, causal: bool = False) -> Gathered:
@@ -149,13 +173,17 @@ def _rest(row: Query, edge: range, loose: Tensor) -> _Rest:
     return _Rest(row, torch.cat(slots), torch.cat(positions))
 
 
-def _groups(rests: Sequence[_Rest], slot_bytes: int) -> Iterator[list[_Rest]]:
-    """Groups whose padding costs no more than another group would."""
+def _groups(
+    rests: Sequence[_Rest], slot_bytes: int, part_bytes: int | None
+) -> Iterator[list[_Rest]]:
+    """Groups whose padding costs no more than another group would, of `part_bytes` or one rest."""
     group: list[_Rest] = []
     num_padded = 0
     for rest in sorted(rests, key=lambda rest: len(rest.slots), reverse=True):
-        num_padded += len(group[0].slots) - len(rest.slots) if group else 0
-        if num_padded * slot_bytes > _GROUP_BYTES:
+        longest = len(group[0].slots) if group else 0
+        num_padded += longest - len(rest.slots) if group else 0
+        is_full = part_bytes is not None and (len(group) + 1) * longest * slot_bytes > part_bytes
+        if num_padded * slot_bytes > _GROUP_BYTES or is_full:
             yield group
             group, num_padded = [], 0
         group.append(rest)

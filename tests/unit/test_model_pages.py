@@ -114,7 +114,7 @@ def test_pages_that_do_not_fit_are_refused(model: Path) -> None:
 def test_a_batch_larger_than_a_frame_is_put_together() -> None:
     size = SENT_FRAME_BYTES * 2 // 3
     payload = bytes(range(256)) * (4 * size // 256) + bytes(4 * size % 256 + 10)
-    batch = PageBatch((1, 2, 5, 9), "float16", size, 5, 2, payload)
+    batch = PageBatch((1, 2, 5, 9), "float16", "int8", size, 5, 2, payload)
     frames = list(encode_batch(batch))
     assert len(frames) == 3
     assert passed_on(batch) == dataclasses.replace(batch, payload=bytearray(payload))
