@@ -36,10 +36,10 @@ _GROUP_BYTES = 256 * 1024
 _MIN_CAUSAL_TOKENS = 64
 # Pages in another type: slots of a piece, for few queries and for each of many (its results are
 # merged, and must not outweigh it) …
-_PIECE_SLOTS = 128
+_PIECE_SLOTS = 512
 _PIECE_SLOTS_PER_QUERY = 4
 # … and bytes of what a part makes of its pieces.
-_PART_BYTES = 1024 * 1024
+_PART_BYTES = 2 * 1024 * 1024
 # No position of a query: nobody sees a slot there.
 _NOWHERE = 2**62
 
@@ -191,7 +191,21 @@ def _groups(
 
 
 def _padded(group: Sequence[_Rest], window: int | None, dtype: torch.dtype) -> Gathered:
-    slots = pad_sequence([rest.slots for rest in group], batch_first=True, padding_value=-1)
+    tokens = [token for rest in group for token in _tokens(rest.row)]
+    span = range(tokens[0], tokens[0] + len(tokens))
+    index = slice(span.start, span.stop) if tokens == list(span) else torch.tensor(tokens)
+    slots, mask = _joined(group, window, dtype)
+    return Gathered(tokens, index, slots, mask)
+
+
+def _joined(
+    group: Sequence[_Rest], window: int | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """Slots [R, C] and their mask [R, 1, n, C]."""
+    each = [rest.slots for rest in group]
+    if group[0].positions is None and len(set(map(len, each))) == 1:
+        return torch.stack(each), None
+    slots = pad_sequence(each, batch_first=True, padding_value=-1)
     seen = slots >= 0
     slots = torch.where(seen, slots, slots[:, :1])
     seen = seen[:, None]
@@ -201,10 +215,7 @@ def _padded(group: Sequence[_Rest], window: int | None, dtype: torch.dtype) -> G
     mask = None
     if not bool(seen.all()):
         mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)[:, None]
-    tokens = [token for rest in group for token in _tokens(rest.row)]
-    span = range(tokens[0], tokens[0] + len(tokens))
-    index = slice(span.start, span.stop) if tokens == list(span) else torch.tensor(tokens)
-    return Gathered(tokens, index, slots, mask)
+    return slots, mask
 
 
 def _seen(group: Sequence[_Rest], positions: Tensor, window: int | None) -> Tensor:

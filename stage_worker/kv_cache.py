@@ -47,6 +47,7 @@ class KvCache(Protocol):
     """`dtype` is that of keys and values as they are written and read, `kv_dtype` that of the
     pages; `in_place`: they are one, and there are views."""
 
+    num_layers: int
     num_blocks: int
     block_size_tokens: int
     dtype: torch.dtype
@@ -104,6 +105,7 @@ class PlainKvCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        self.num_layers = num_layers
         self.num_blocks = num_blocks
         self.block_size_tokens = block_size_tokens
         self.dtype = dtype
@@ -142,7 +144,7 @@ class PlainKvCache:
 
     @property
     def block_bytes(self) -> int:
-        return len(self.keys) * self.block_size_tokens * self.slot_bytes
+        return self.num_layers * self.block_size_tokens * self.slot_bytes
 
     def read_blocks(self, places: Sequence[int]) -> Tensor:
         """As (layer, K/V, head, offset, dim)."""
@@ -162,7 +164,7 @@ class PlainKvCache:
 
     def _travelling(self, num_blocks: int) -> tuple[int, ...]:
         _, offsets, heads, dim = self.keys[0].shape
-        return num_blocks, len(self.keys), 2, heads, offsets, dim
+        return num_blocks, self.num_layers, 2, heads, offsets, dim
 
 
 def _gather(pages: Tensor, slots: Tensor) -> Tensor:

@@ -38,8 +38,8 @@ from stagemesh.quantization import AS_STORED, Quantization
 @dataclass(frozen=True, slots=True)
 class ExecutorConfig:
     """`dtype` may be "auto", `wire_dtype` and `kv_dtype` too: what is computed with. KV:
-    `num_blocks` where given, else what fits the memory. The log has as many blocks where `max_log_memory_bytes` is None and
-    the host has room; 0 is for no log.
+    `num_blocks` where given, else what fits the memory. The log has as many blocks where
+    `max_log_memory_bytes` is None and the host has room; 0 is for no log.
     """
 
     model_dir: Path

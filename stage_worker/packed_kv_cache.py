@@ -34,6 +34,7 @@ class PackedKvCache:
         dtype: torch.dtype,
         kv_dtype: str,
     ) -> None:
+        self.num_layers = num_layers
         self.num_blocks = num_blocks
         self.block_size_tokens = block_size_tokens
         self.dtype = dtype
@@ -65,7 +66,7 @@ class PackedKvCache:
 
     @property
     def block_bytes(self) -> int:
-        return len(self._pages) * self.block_size_tokens * self._pages[0][:1].nbytes
+        return self.num_layers * self.block_size_tokens * self._pages[0][:1].nbytes
 
     def read_blocks(self, places: Sequence[int]) -> Tensor:
         """As (layer, offset, record)."""
@@ -75,6 +76,6 @@ class PackedKvCache:
 
     def write_blocks(self, places: Sequence[int], pages: Tensor) -> None:
         index = torch.tensor(places)
-        blocks = pages.view(torch.int32).view(len(places), len(self._pages), -1)
+        blocks = pages.view(torch.int32).view(len(places), self.num_layers, -1)
         for i, target in enumerate(self.memory):
             target.index_copy_(0, index, blocks[:, i].view(len(places), *target.shape[1:]))

@@ -1,4 +1,4 @@
-"""Rounds numbers to few bits: pure functions of rows, whether they are stored, computed with or sent.
+"""Rounds numbers to few bits: pure functions of rows, to be stored, computed with or sent.
 
 R rows (outputs), I inputs, G groups of inputs
 """

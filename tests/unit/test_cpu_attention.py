@@ -202,7 +202,7 @@ def test_padding_is_bounded(cache: KvCache, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("order", ["rising", "shuffled"])
 @pytest.mark.parametrize("window", [None, 1, 50])
-@pytest.mark.parametrize("piece", [8, 128])
+@pytest.mark.parametrize("piece", [8, 64])
 def test_pages_in_another_type(
     packed: PackedKvCache,
     order: str,
