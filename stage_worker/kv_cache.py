@@ -153,7 +153,7 @@ class PlainKvCache:
         for i, pair in enumerate(zip(self.keys, self.values, strict=True)):
             for j, source in enumerate(pair):
                 pages[:, i, j] = source.index_select(0, index).transpose(1, 2)
-        return pages.view(len(places), -1).view(torch.uint8)
+        return pages.flatten(1).view(torch.uint8)
 
     def write_blocks(self, places: Sequence[int], pages: Tensor) -> None:
         index = torch.tensor(places, device=self.device)

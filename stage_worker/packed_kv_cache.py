@@ -72,7 +72,7 @@ class PackedKvCache:
         """As (layer, offset, record)."""
         index = torch.tensor(places)
         blocks = torch.stack([pages.index_select(0, index) for pages in self.memory], dim=1)
-        return blocks.view(len(places), -1).view(torch.uint8)
+        return blocks.flatten(1).view(torch.uint8)
 
     def write_blocks(self, places: Sequence[int], pages: Tensor) -> None:
         index = torch.tensor(places)
