@@ -1,15 +1,18 @@
 """What quantisation does to what a model says: perplexity, and agreement with float32.
 
-The first scheme is what the others are compared with. A text is cut into windows, each computed
-from its beginning; *same top* is the share of positions at which the likeliest next token is the
-same. Greedy continuations of the beginnings of windows are followed until they differ.
+The first scheme, with the first type of KV, is what the others are compared with. A text is cut
+into windows, each computed from its beginning; *same top* is the share of positions at which the
+likeliest next token is the same. Greedy continuations of the beginnings of windows are followed
+until they differ.
 
     python -m benchmarks.quantisation_quality TEXT --model models/demo --schemes none auto int8
+    python -m benchmarks.quantisation_quality TEXT --schemes none --kv-dtypes auto bfloat16 int8
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +36,7 @@ from stagemesh.quantization import parse_quantization
 from stagemesh.sampling import SamplingSpec
 
 _SAMPLING = SamplingSpec(temperature=0.0, num_prompt_logprobs=1)
+_PIPELINE = "quality"
 _BLOCK = 16
 _PROMPT_TOKENS, _NUM_GREEDY = 32, 64
 
@@ -40,6 +44,7 @@ _PROMPT_TOKENS, _NUM_GREEDY = 32, 64
 @dataclass(frozen=True, slots=True)
 class Quality:
     weight_bytes: int
+    kv_bytes_per_token: float
     logprobs: list[float]
     top_tokens: list[int]
     continuations: list[list[int]]
@@ -52,7 +57,7 @@ class Quality:
 class Model:
     """One stage with the whole model, and one sequence at a time."""
 
-    def __init__(self, model_dir: Path, scheme: str, dtype: str) -> None:
+    def __init__(self, model_dir: Path, scheme: str, dtype: str, kv_dtype: str = "auto") -> None:
         spec = ModelSpec.from_directory(model_dir)
         config = ExecutorConfig(
             model_dir,
@@ -63,6 +68,7 @@ class Model:
             block_size_tokens=_BLOCK,
             num_blocks=-(-spec.context_length // _BLOCK),
             quantization=parse_quantization(scheme),
+            kv_dtype=kv_dtype,
         )
         self.executor = StageExecutor.load(config, lambda loaded_bytes, total_bytes: None)
         self._num_steps = 0
@@ -118,17 +124,25 @@ class Model:
 
     def _execute(self, row: Row, *, first: bool) -> tuple[RowResult, ...]:
         if first:
-            num_blocks = self.executor.facts.num_blocks
-            self.executor.join(stage=0, num_stages=1, num_blocks=num_blocks, keep_kv=False)
-        step = Step("quality", Epoch(1, 1), self._num_steps, (row,))
+            facts = self.executor.facts
+            self.executor.join(
+                pipeline_id=_PIPELINE,
+                stage=0,
+                num_stages=1,
+                blocks=facts.blocks_for(facts.num_blocks),
+                keep_kv=False,
+            )
+        step = Step(_PIPELINE, Epoch(1, 1), self._num_steps, (row,))
         self._num_steps += 1
         return self.executor.execute(step, b"", self.executor.dtype).rows
 
 
 def measure(model: Model, windows: Sequence[Sequence[int]]) -> Quality:
     told = [token for window in windows for token in model.known(window)]
+    facts = model.executor.facts
     return Quality(
-        model.executor.facts.weight_bytes,
+        facts.weight_bytes,
+        facts.kv_block_bytes / facts.block_size_tokens,
         [token.logprob or 0.0 for token in told],
         [token.alternatives[0][0] for token in told],
         [model.continued(window[:_PROMPT_TOKENS], _NUM_GREEDY) for window in windows],
@@ -140,13 +154,15 @@ def num_same(one: Sequence[int], other: Sequence[int]) -> int:
     return next((i for i in range(len(one)) if one[i] != other[i]), len(one))
 
 
-def print_row(scheme: str, found: Quality, base: Quality) -> None:
+def print_row(scheme: str, kv_dtype: str, found: Quality, base: Quality) -> None:
     pairs = list(zip(found.top_tokens, base.top_tokens, strict=True))
     same_top = sum(one == other for one, other in pairs) / len(pairs)
     followed = list(map(num_same, found.continuations, base.continuations))
     cells = [
         scheme,
         f"{found.weight_bytes / 2**20:.2f}",
+        kv_dtype,
+        f"{found.kv_bytes_per_token:.0f}",
         f"{found.perplexity:.4f}",
         f"{100 * same_top:.2f} %",
         f"{sum(followed) / len(followed):.1f}",
@@ -160,6 +176,7 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--model", type=Path, default=Path("models/demo"))
     parser.add_argument("--schemes", nargs="+", default=["none", "auto", "int8", "int4-g64"])
+    parser.add_argument("--kv-dtypes", nargs="+", default=["auto"])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--window-tokens", type=int, default=384)
@@ -169,13 +186,14 @@ def main() -> None:
     size = args.window_tokens
     windows = [ids[i * size : (i + 1) * size] for i in range(min(args.windows, len(ids) // size))]
     print(f"{args.model}, {args.text.name}: {len(windows)} windows of {size} tokens\n")
-    print(f"| scheme | MiB | perplexity | same top | greedy, of {_NUM_GREEDY} | all the same |")
-    print("|" + "---|" * 6)
+    heads = ["scheme", "MiB", "KV", "bytes a token", "perplexity", "same top"]
+    heads += [f"greedy, of {_NUM_GREEDY}", "all the same"]
+    print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
     base: Quality | None = None
-    for scheme in args.schemes:
-        found = measure(Model(args.model, scheme, args.dtype), windows)
+    for scheme, kv_dtype in itertools.product(args.schemes, args.kv_dtypes):
+        found = measure(Model(args.model, scheme, args.dtype, kv_dtype), windows)
         base = base or found
-        print_row(scheme, found, base)
+        print_row(scheme, kv_dtype, found, base)
 
 
 if __name__ == "__main__":

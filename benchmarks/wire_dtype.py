@@ -72,7 +72,13 @@ def _stages(model: Path, num_stages: int, wire_dtype: str, max_tokens: int) -> l
             wire_dtype=wire_dtype,
         )
         executor = StageExecutor.load(config, lambda *_: None)
-        executor.join(stage=stage, num_stages=num_stages, num_blocks=num_blocks, keep_kv=False)
+        executor.join(
+            pipeline_id="p",
+            stage=stage,
+            num_stages=num_stages,
+            blocks=executor.facts.blocks_for(num_blocks),
+            keep_kv=False,
+        )
         stages.append(executor)
     return stages
 

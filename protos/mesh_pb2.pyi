@@ -73,7 +73,7 @@ class WorkerCommand(_message.Message):
     def __init__(self, welcome: _Optional[_Union[WelcomeWorker, _Mapping]] = ..., load_span: _Optional[_Union[LoadSpan, _Mapping]] = ..., join_epoch: _Optional[_Union[JoinEpoch, _Mapping]] = ..., leave_epoch: _Optional[_Union[LeaveEpoch, _Mapping]] = ..., refused: _Optional[_Union[_plan_pb2.Error, _Mapping]] = ..., shutdown: _Optional[_Union[ShutdownWorker, _Mapping]] = ...) -> None: ...
 
 class RegisterWorker(_message.Message):
-    __slots__ = ("protocol_version", "worker_id", "incarnation", "address", "model", "fixed_span", "loaded", "device", "dtype", "batch_invariant", "pid", "stagemesh_version", "max_kv_memory_bytes", "available_memory_bytes", "followed_term", "wire_dtype", "quantization")
+    __slots__ = ("protocol_version", "worker_id", "incarnation", "address", "model", "fixed_span", "loaded", "device", "dtype", "batch_invariant", "pid", "stagemesh_version", "max_kv_memory_bytes", "available_memory_bytes", "followed_term", "wire_dtype", "kv_dtype", "quantization")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -90,6 +90,7 @@ class RegisterWorker(_message.Message):
     AVAILABLE_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     FOLLOWED_TERM_FIELD_NUMBER: _ClassVar[int]
     WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    KV_DTYPE_FIELD_NUMBER: _ClassVar[int]
     QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     worker_id: str
@@ -107,8 +108,9 @@ class RegisterWorker(_message.Message):
     available_memory_bytes: int
     followed_term: int
     wire_dtype: _plan_pb2.DType
+    kv_dtype: _plan_pb2.DType
     quantization: str
-    def __init__(self, protocol_version: _Optional[int] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., model: _Optional[_Union[ModelSummary, _Mapping]] = ..., fixed_span: _Optional[_Union[LayerSpan, _Mapping]] = ..., loaded: _Optional[_Union[SpanLoaded, _Mapping]] = ..., device: _Optional[str] = ..., dtype: _Optional[_Union[_plan_pb2.DType, str]] = ..., batch_invariant: bool = ..., pid: _Optional[int] = ..., stagemesh_version: _Optional[str] = ..., max_kv_memory_bytes: _Optional[int] = ..., available_memory_bytes: _Optional[int] = ..., followed_term: _Optional[int] = ..., wire_dtype: _Optional[_Union[_plan_pb2.DType, str]] = ..., quantization: _Optional[str] = ...) -> None: ...
+    def __init__(self, protocol_version: _Optional[int] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., model: _Optional[_Union[ModelSummary, _Mapping]] = ..., fixed_span: _Optional[_Union[LayerSpan, _Mapping]] = ..., loaded: _Optional[_Union[SpanLoaded, _Mapping]] = ..., device: _Optional[str] = ..., dtype: _Optional[_Union[_plan_pb2.DType, str]] = ..., batch_invariant: bool = ..., pid: _Optional[int] = ..., stagemesh_version: _Optional[str] = ..., max_kv_memory_bytes: _Optional[int] = ..., available_memory_bytes: _Optional[int] = ..., followed_term: _Optional[int] = ..., wire_dtype: _Optional[_Union[_plan_pb2.DType, str]] = ..., kv_dtype: _Optional[_Union[_plan_pb2.DType, str]] = ..., quantization: _Optional[str] = ...) -> None: ...
 
 class ModelSummary(_message.Message):
     __slots__ = ("name", "architecture", "num_layers", "hidden_size", "vocab_size", "max_position", "layer_bytes", "embedding_bytes", "head_bytes", "structure_hash", "part_hashes", "dynamic_rope_length")

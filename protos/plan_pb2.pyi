@@ -297,18 +297,20 @@ class PagesRequest(_message.Message):
     def __init__(self, pipeline_id: _Optional[str] = ..., epoch: _Optional[_Union[Epoch, _Mapping]] = ..., start_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., protocol_version: _Optional[int] = ...) -> None: ...
 
 class Pages(_message.Message):
-    __slots__ = ("block_ids", "dtype", "kv_block_bytes", "log_block_bytes", "num_logged")
+    __slots__ = ("block_ids", "dtype", "kv_block_bytes", "log_block_bytes", "num_logged", "kv_dtype")
     BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
     LOG_BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_LOGGED_FIELD_NUMBER: _ClassVar[int]
+    KV_DTYPE_FIELD_NUMBER: _ClassVar[int]
     block_ids: _containers.RepeatedScalarFieldContainer[int]
     dtype: DType
     kv_block_bytes: int
     log_block_bytes: int
     num_logged: int
-    def __init__(self, block_ids: _Optional[_Iterable[int]] = ..., dtype: _Optional[_Union[DType, str]] = ..., kv_block_bytes: _Optional[int] = ..., log_block_bytes: _Optional[int] = ..., num_logged: _Optional[int] = ...) -> None: ...
+    kv_dtype: DType
+    def __init__(self, block_ids: _Optional[_Iterable[int]] = ..., dtype: _Optional[_Union[DType, str]] = ..., kv_block_bytes: _Optional[int] = ..., log_block_bytes: _Optional[int] = ..., num_logged: _Optional[int] = ..., kv_dtype: _Optional[_Union[DType, str]] = ...) -> None: ...
 
 class Error(_message.Message):
     __slots__ = ("code", "message")

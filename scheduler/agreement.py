@@ -19,6 +19,7 @@ _NUM_PARTS_NAMED = 3
 _NUMERICS = {
     "dtype": "--dtype",
     "wire_dtype": "--wire-dtype",
+    "kv_dtype": "--kv-dtype",
     "batch_invariant": "--batch-invariant",
     "quantization": "--quantization",
 }

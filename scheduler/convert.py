@@ -56,6 +56,7 @@ def registration_from_proto(
         available_memory_bytes=message.available_memory_bytes,
         followed_term=message.followed_term,
         wire_dtype=wire.dtype_from_proto(message.wire_dtype),
+        kv_dtype=wire.dtype_from_proto(message.kv_dtype or message.dtype),
     )
 
 

@@ -51,6 +51,8 @@ class Registration:
     followed_term: int = 0
     # In which type hidden states travel; "": in `dtype`.
     wire_dtype: str = ""
+    # In which type KV is held; "": in `dtype`.
+    kv_dtype: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,9 @@ Long runs of a context that all queries of a row see are read in place. What is 
 runs and positions that some queries see, is copied, together with that of other rows: padded to
 one another and masked. A padded slot repeats a slot of its own row, so that no query ever reads a
 value of another sequence or of a stale page.
+
+Pages in another type than the queries' are always copied, and turned into it: a piece of a context
+at a time, small enough to be still in the processor's cache when it is attended to.
 """
 
 from __future__ import annotations
@@ -34,6 +37,10 @@ _GROUP_BYTES = 256 * 1024
 _MAX_COPY_BYTES = 2 * 2**20
 # Rows this long attend to themselves in a part that is causal, and leaves half uncomputed.
 _MIN_CAUSAL_TOKENS = 64
+# Pages in another type: slots of a piece, for few queries and for each of many (its results are
+# merged, and must not outweigh it).
+_PIECE_SLOTS = 512
+_PIECE_SLOTS_PER_QUERY = 4
 # No position of a query: nobody sees a slot there.
 _NOWHERE = 2**62
 
@@ -94,7 +101,8 @@ class _Planner:
         self._cache = cache
         self._alone = alone
         self._parts: list[Part] = []
-        self._rests: dict[int, list[_Rest]] = defaultdict(list)  # by number of queries
+        # By number of queries, and whether they see all of it.
+        self._rests: dict[tuple[int, bool], list[_Rest]] = defaultdict(list)
 
     def add(self, row: Query) -> None:
         """Its queries see positions from `first` on between them, and all of them [shared, end)."""
@@ -103,16 +111,20 @@ class _Planner:
             first, shared = max(0, row.start + 1 - self._window), max(0, row.end - self._window)
         stretches, loose = self._stretches(row, shared, row.end if num == 1 else row.start)
         self._parts += stretches
+        if not self._cache.in_place:
+            loose = self._cut(row, loose)
         if num == 1:
             if len(loose):
                 piece = max(1, _MAX_COPY_BYTES // self._cache.slot_bytes)
-                self._rests[num] += [_Rest(row, some, None) for some in torch.split(loose, piece)]
+                pieces = torch.split(loose, piece)
+                self._rests[num, True] += [_Rest(row, some, None) for some in pieces]
         elif num >= _MIN_CAUSAL_TOKENS and shared == 0:
             self._parts.append(_gathered(row, row.slots[row.start :], causal=True))
             if len(loose):
                 self._parts.append(_gathered(row, loose))
         else:
-            self._rests[num].append(_rest(row, range(first, min(shared, row.start)), loose))
+            rest = _rest(row, range(first, min(shared, row.start)), loose)
+            self._rests[num, False].append(rest)
 
     def all_parts(self) -> list[Part]:
         for rests in self._rests.values():
@@ -125,6 +137,8 @@ class _Planner:
 
         A run that is all that the step reads is worth it, however short.
         """
+        if not self._cache.in_place:
+            return [], row.slots[begin:end]
         alone = self._alone and row.num_tokens == 1
         min_slots = _RUN_BYTES // self._cache.slot_bytes + _MERGE_SLOTS * row.num_tokens
         if end - begin < min_slots and not alone:
@@ -137,6 +151,14 @@ class _Planner:
             return [], row.slots[begin:end]
         short = [np.arange(*run) for run in runs if run.num_slots < min_slots]
         return stretches, torch.from_numpy(np.concatenate(short)) if short else row.slots[:0]
+
+    def _cut(self, row: Query, loose: Tensor) -> Tensor:
+        """Leaves what is no whole piece of slots that all of the row's queries see."""
+        size = max(_PIECE_SLOTS, _PIECE_SLOTS_PER_QUERY * row.num_tokens)
+        num_whole = len(loose) // size * size
+        for piece in loose[:num_whole].view(-1, size):
+            self._rests[row.num_tokens, True].append(_Rest(row, piece, None))
+        return loose[num_whole:]
 
 
 def _gathered(row: Query, slots: Tensor, *, causal: bool = False) -> Gathered:
@@ -171,7 +193,21 @@ def _groups(rests: Sequence[_Rest], slot_bytes: int) -> Iterator[list[_Rest]]:
 
 
 def _padded(group: Sequence[_Rest], window: int | None, dtype: torch.dtype) -> Gathered:
-    slots = pad_sequence([rest.slots for rest in group], batch_first=True, padding_value=-1)
+    tokens = [token for rest in group for token in _tokens(rest.row)]
+    span = range(tokens[0], tokens[0] + len(tokens))
+    index = slice(span.start, span.stop) if tokens == list(span) else torch.tensor(tokens)
+    slots, mask = _joined(group, window, dtype)
+    return Gathered(tokens, index, slots, mask)
+
+
+def _joined(
+    group: Sequence[_Rest], window: int | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """Slots [R, C] and their mask [R, 1, n, C]."""
+    each = [rest.slots for rest in group]
+    if group[0].positions is None and len(set(map(len, each))) == 1:
+        return torch.stack(each), None
+    slots = pad_sequence(each, batch_first=True, padding_value=-1)
     seen = slots >= 0
     slots = torch.where(seen, slots, slots[:, :1])
     seen = seen[:, None]
@@ -181,10 +217,7 @@ def _padded(group: Sequence[_Rest], window: int | None, dtype: torch.dtype) -> G
     mask = None
     if not bool(seen.all()):
         mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)[:, None]
-    tokens = [token for rest in group for token in _tokens(rest.row)]
-    span = range(tokens[0], tokens[0] + len(tokens))
-    index = slice(span.start, span.stop) if tokens == list(span) else torch.tensor(tokens)
-    return Gathered(tokens, index, slots, mask)
+    return slots, mask
 
 
 def _seen(group: Sequence[_Rest], positions: Tensor, window: int | None) -> Tensor:

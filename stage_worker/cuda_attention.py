@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stage_worker.kv_cache import KvCache
+from stage_worker.kv_cache import PlainKvCache
 from stage_worker.triton_decode import decode_attention, decode_scratch
 from stage_worker.triton_prefill import prefill_attention, tokens_per_tile
 from stagemesh.model_spec import ModelSpec
@@ -119,7 +119,7 @@ class CudaAttention:
         queries: Tensor,
         batch: DeviceBatch,
         window: int | None,
-        cache: KvCache,
+        cache: PlainKvCache,
         layer: int,
         scratch: Scratch,
     ) -> Tensor:

@@ -20,7 +20,7 @@ from stage_worker.cuda_attention import CudaAttention, Scratch
 from stage_worker.cuda_batch import CudaBatch, CudaBatchBuilder
 from stage_worker.cuda_graphs import GRAPH_SIZES, MAX_TABLE_ENTRIES, DecodeGraphs
 from stage_worker.cuda_layout import DeviceBatch, Layout
-from stage_worker.kv_cache import KvCache
+from stage_worker.kv_cache import PlainKvCache
 from stage_worker.linear import Linear, PlainLinear
 from stage_worker.rope import angles
 from stage_worker.staging import to_device
@@ -39,7 +39,7 @@ class CudaDecoder:
         spec: ModelSpec,
         windows: Sequence[int | None],
         weights: StageWeights,
-        cache: KvCache,
+        cache: PlainKvCache,
         dtype: torch.dtype,
         *,
         use_graphs: bool = True,
@@ -49,7 +49,7 @@ class CudaDecoder:
         self._weights = weights
         self._cache = cache
         self._dtype = dtype
-        self._device = cache.keys[0].device
+        self._device = cache.device
         self._early = self._device.type == "cuda" and supports_early(self._device)
         self._attention = CudaAttention(spec, dtype, self._device)
         self._shared_frequencies = spec.rope.kind != "dynamic"

@@ -16,7 +16,7 @@ from torch import Tensor
 from stage_worker.batch import BatchBuilder, PlacedRow
 from stage_worker.decoder import Decoder
 from stage_worker.kernels import Kernels
-from stage_worker.kv_cache import KvCache
+from stage_worker.kv_cache import KvCache, PlainKvCache
 from stage_worker.rope import inverse_frequencies
 from stage_worker.weights import StageWeights
 from stagemesh.model_spec import ModelSpec
@@ -74,7 +74,8 @@ def make_decoding(
     dtype: torch.dtype,
 ) -> Decoding:
     """For the device that the cache's pages are on; ready to take steps."""
-    if cache.keys[0].device.type == "cuda":
+    if cache.device.type == "cuda":
+        assert isinstance(cache, PlainKvCache)
         return cuda_decoding(spec, windows, weights, cache, dtype)
     batches = BatchBuilder(windows, spec.rope, kernels.attention, cache, dtype)
     return Decoding(batches, Decoder(spec, windows, weights, cache, kernels, dtype))
@@ -84,7 +85,7 @@ def cuda_decoding(
     spec: ModelSpec,
     windows: Sequence[int | None],
     weights: StageWeights,
-    cache: KvCache,
+    cache: PlainKvCache,
     dtype: torch.dtype,
 ) -> Decoding:
     from stage_worker.cuda_decoder import CudaDecoder

@@ -83,8 +83,7 @@ class StageExecutor:
         self._span = loaded.span
         self._decoder = loaded.decoding.decoder
         self._batches = loaded.decoding.batches
-        keys = loaded.cache.keys[0]
-        self._dtype, self._device = keys.dtype, keys.device
+        self._dtype, self._device = loaded.cache.dtype, loaded.cache.device
         self.wire_dtype = loaded.wire_dtype  # of hidden states that come and go
         self._threads = loaded.threads
         self._sampler = RowSampler(self._decoder.logits, self._decoder.greedy)
@@ -102,7 +101,7 @@ class StageExecutor:
 
     @property
     def dtype(self) -> str:
-        """What weights and KV are in."""
+        """What is computed with."""
         return DTYPE_NAMES[self._dtype]
 
     @property

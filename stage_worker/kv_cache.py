@@ -1,20 +1,24 @@
 """The KV pages of a stage's layers, and how many of them there are.
 
-    N blocks, O offset in a block, H KV heads, D head dim
+    N blocks, O offset in a block, H KV heads, D head dim; n blocks of a batch, L layers
 
-Per layer there are two tensors, keys and values, each [N, O, H, D]. A page that leaves the worker
-is written as (block, layer, K/V, head, offset, dim), whatever the layout here. Memory is not
-touched before a token is written to it, so blocks that were never used cost nothing on the CPU;
-what unused slots hold is arbitrary and nobody may read it.
+Pages in the type that is computed with are read where they lie (`PlainKvCache`). Those in another
+one are turned into it when they are read (`stage_worker.packed_kv_cache`). Memory is not touched
+before a token is written to it, so blocks that were never used cost nothing on the CPU; what unused
+slots hold is arbitrary and nobody may read it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from stage_worker.checkpoint import DTYPE_NAMES
+from stage_worker.kv_dtype import vector_bytes
 from stage_worker.memory import available_bytes
 from stagemesh.errors import OutOfMemory
 from stagemesh.model_spec import ModelSpec
@@ -41,7 +45,59 @@ class LogCost:
         return even if self.max_bytes is None else min(even, self.max_bytes)
 
 
-class KvCache:
+class KvCache(Protocol):
+    """`dtype` is that of keys and values as they are written and read, `kv_dtype` that of the
+    pages; `in_place`: they are one, and there are views."""
+
+    num_layers: int
+    num_blocks: int
+    block_size_tokens: int
+    dtype: torch.dtype
+    kv_dtype: str
+    device: torch.device
+    in_place: bool
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of one token's keys and values in one layer, as they are read."""
+        ...
+
+    @property
+    def memory(self) -> Sequence[Tensor]:
+        """All that the pages are in, each [N, O, ...]."""
+        ...
+
+    def views(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [1, H, N * O, D], where they lie; only `in_place`."""
+        ...
+
+    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """slots: [T], slot = block * block_size + offset; keys, values: [T, H, D]."""
+        ...
+
+    def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """slots: [R, C] -> keys, values: [R, C, H, D], until the next call."""
+        ...
+
+    @property
+    def block_bytes(self) -> int:
+        """Of a block over all layers, here and where it travels."""
+        ...
+
+    def read_blocks(self, places: Sequence[int]) -> Tensor:
+        """[n, block_bytes] uint8 on the host, as plan.proto says of pages."""
+        ...
+
+    def write_blocks(self, places: Sequence[int], pages: Tensor) -> None:
+        """What `read_blocks` gave, of a cache of the same layers and types."""
+        ...
+
+
+class PlainKvCache:
+    """A `KvCache` of two tensors a layer, keys and values, each [N, O, H, D]."""
+
+    in_place = True
+
     def __init__(
         self,
         spec: ModelSpec,
@@ -51,8 +107,12 @@ class KvCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        self.num_layers = num_layers
         self.num_blocks = num_blocks
         self.block_size_tokens = block_size_tokens
+        self.dtype = dtype
+        self.kv_dtype = DTYPE_NAMES[dtype]
+        self.device = device
         shape = (num_blocks, block_size_tokens, spec.num_kv_heads, spec.head_dim)
         self.keys, self.values = (
             [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
@@ -68,27 +128,47 @@ class KvCache:
         ]
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.keys[0].dtype
-
-    @property
     def slot_bytes(self) -> int:
-        """Of one token's keys and values in one layer."""
         return 2 * self.keys[0][0, 0].nbytes
 
+    @property
+    def memory(self) -> Sequence[Tensor]:
+        return (*self.keys, *self.values)
+
     def views(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [1, H, N * O, D], where they lie."""
         return self._views[layer]
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """slots: [T], slot = block * block_size + offset; keys, values: [T, H, D]."""
         self.keys[layer].flatten(0, 1).index_copy_(0, slots, keys)
         self.values[layer].flatten(0, 1).index_copy_(0, slots, values)
 
     def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """slots: [R, C] -> keys, values: [R, C, H, D], until the next call."""
         keys, values = self.keys[layer], self.values[layer]
         return self._gather(keys, slots, 0), self._gather(values, slots, 1)
+
+    @property
+    def block_bytes(self) -> int:
+        return self.num_layers * self.block_size_tokens * self.slot_bytes
+
+    def read_blocks(self, places: Sequence[int]) -> Tensor:
+        """As (layer, K/V, head, offset, dim)."""
+        index = torch.tensor(places, device=self.device)
+        pages = torch.empty(self._travelling(len(places)), dtype=self.dtype)
+        for i, pair in enumerate(zip(self.keys, self.values, strict=True)):
+            for j, source in enumerate(pair):
+                pages[:, i, j] = source.index_select(0, index).transpose(1, 2)
+        return pages.flatten(1).view(torch.uint8)
+
+    def write_blocks(self, places: Sequence[int], pages: Tensor) -> None:
+        index = torch.tensor(places, device=self.device)
+        numbers = pages.view(self.dtype).view(self._travelling(len(places))).to(self.device)
+        for i, pair in enumerate(zip(self.keys, self.values, strict=True)):
+            for j, target in enumerate(pair):
+                target.index_copy_(0, index, numbers[:, i, j].transpose(1, 2))
+
+    def _travelling(self, num_blocks: int) -> tuple[int, ...]:
+        _, offsets, heads, dim = self.keys[0].shape
+        return num_blocks, self.num_layers, 2, heads, offsets, dim
 
     def _gather(self, pages: Tensor, slots: Tensor, which: int) -> Tensor:
         # Copying whole rows is three times as fast as indexing [N * O, H, D].
@@ -105,9 +185,10 @@ class KvCache:
         return copied.view(*slots.shape, *pages.shape[2:])
 
 
-def block_bytes(spec: ModelSpec, num_layers: int, block_size_tokens: int, item_bytes: int) -> int:
+def block_bytes(spec: ModelSpec, num_layers: int, block_size_tokens: int, kv_dtype: str) -> int:
     """Bytes of one block over all layers of a stage."""
-    return 2 * num_layers * block_size_tokens * spec.num_kv_heads * spec.head_dim * item_bytes
+    num_vectors = 2 * num_layers * block_size_tokens * spec.num_kv_heads
+    return num_vectors * vector_bytes(kv_dtype, spec.head_dim)
 
 
 def choose_num_blocks(

@@ -16,9 +16,17 @@ from stage_worker.boundary_log import BoundaryLog, choose_num_log_blocks, log_bl
 from stage_worker.checkpoint import TORCH_DTYPES
 from stage_worker.decoding import Decoding, make_decoding
 from stage_worker.kernels import choose_kernels
-from stage_worker.kv_cache import KvCache, LogCost, block_bytes, choose_num_blocks
+from stage_worker.kv_cache import (
+    KvCache,
+    LogCost,
+    PlainKvCache,
+    block_bytes,
+    choose_num_blocks,
+)
+from stage_worker.kv_dtype import resolve_kv_dtype
 from stage_worker.linear_schemes import Numerics
 from stage_worker.memory import available_bytes, trim
+from stage_worker.packed_kv_cache import PackedKvCache
 from stage_worker.payload import resolve_wire_dtype
 from stage_worker.thread_counts import ThreadCounts
 from stage_worker.weights import WeightLoader
@@ -30,10 +38,10 @@ from stagemesh.quantization import AS_STORED, Quantization
 
 @dataclass(frozen=True, slots=True)
 class ExecutorConfig:
-    """`dtype` may be "auto", `wire_dtype` too: what is computed with. KV: `num_blocks` where given,
-    else what fits the memory. The log has as many blocks where `max_log_memory_bytes` is None and
-    the host has room; 0 is for no log. `lone_threads`: of steps that are alone in their pipeline;
-    0: as of all steps.
+    """`dtype` may be "auto", `wire_dtype` and `kv_dtype` too: what is computed with. KV:
+    `num_blocks` where given, else what fits the memory. The log has as many blocks where
+    `max_log_memory_bytes` is None and the host has room; 0 is for no log. `lone_threads`: of steps
+    that are alone in their pipeline; 0: as of all steps.
     """
 
     model_dir: Path
@@ -48,6 +56,7 @@ class ExecutorConfig:
     wire_dtype: str = "auto"
     quantization: Quantization = AS_STORED
     lone_threads: int = 0
+    kv_dtype: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +119,9 @@ def load_stage(config: ExecutorConfig, on_progress: Callable[[int, int], None]) 
         raise ConfigError(f"block_size must be at least 1, not {config.block_size_tokens}")
     spec = ModelSpec.from_directory(config.model_dir)
     device = _device(config.device)
-    dtype = TORCH_DTYPES[resolve_dtype(config.dtype, spec, device)]
+    dtype_name = resolve_dtype(config.dtype, spec, device)
+    dtype = TORCH_DTYPES[dtype_name]
+    kv_dtype = resolve_kv_dtype(config.kv_dtype, dtype_name, config.device)
     kernels = choose_kernels(config.batch_invariant, dtype, device)
     numerics = Numerics(dtype, device, config.quantization, config.batch_invariant)
     progress = _Progress(on_progress)
@@ -121,7 +132,7 @@ def load_stage(config: ExecutorConfig, on_progress: Callable[[int, int], None]) 
         weights = loader.load(config.span)
         progress.end()
         trim()
-        cache = _make_cache(spec, config, dtype, device)
+        cache = _make_cache(spec, config, dtype, kv_dtype, device)
         log = _make_log(spec, config, cache.num_blocks, dtype)
         windows = spec.layer_windows[config.span.start : config.span.end]
         decoding = make_decoding(spec, windows, weights, cache, kernels, dtype)
@@ -131,7 +142,7 @@ def load_stage(config: ExecutorConfig, on_progress: Callable[[int, int], None]) 
         num_blocks=cache.num_blocks,
         block_size_tokens=config.block_size_tokens,
         weight_bytes=progress.loaded_bytes,
-        kv_block_bytes=_block_bytes(spec, config, dtype),
+        kv_block_bytes=cache.block_bytes,
         load_ns=time.monotonic_ns() - started_ns,
         num_log_blocks=log.num_blocks,
     )
@@ -179,26 +190,27 @@ def _check_fits(weight_bytes: int, device: torch.device) -> None:
         )
 
 
-def _block_bytes(spec: ModelSpec, config: ExecutorConfig, dtype: torch.dtype) -> int:
-    num_layers = config.span.num_layers
-    return block_bytes(spec, num_layers, config.block_size_tokens, dtype.itemsize)
-
-
 def _make_cache(
-    spec: ModelSpec, config: ExecutorConfig, dtype: torch.dtype, device: torch.device
+    spec: ModelSpec,
+    config: ExecutorConfig,
+    dtype: torch.dtype,
+    kv_dtype: str,
+    device: torch.device,
 ) -> KvCache:
+    num_layers, size = config.span.num_layers, config.block_size_tokens
     num_blocks = config.num_blocks
     if num_blocks is None:
         num_blocks = choose_num_blocks(
             spec,
-            _block_bytes(spec, config, dtype),
-            config.block_size_tokens,
+            block_bytes(spec, num_layers, size, kv_dtype),
+            size,
             config.max_kv_memory_bytes,
             device,
             _log_cost(spec, config, dtype, device),
         )
-    size = config.block_size_tokens
-    return KvCache(spec, config.span.num_layers, num_blocks, size, dtype, device)
+    if TORCH_DTYPES.get(kv_dtype) == dtype:
+        return PlainKvCache(spec, num_layers, num_blocks, size, dtype, device)
+    return PackedKvCache(spec, num_layers, num_blocks, size, dtype, kv_dtype)
 
 
 def _logs(spec: ModelSpec, config: ExecutorConfig) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from stage_worker.kv_dtype import KV_DTYPES, resolve_kv_dtype
 from stagemesh.addresses import split_address
 from stagemesh.errors import ConfigError
 from stagemesh.option_values import Kind
@@ -38,6 +39,12 @@ class WorkerOptions:
         help="in which type hidden states travel; auto: in that of --dtype. All workers of a mesh "
         "must say the same",
         choices=("auto", "float32", "bfloat16", "int8"),
+    )
+    kv_dtype: str = option(
+        "auto",
+        help="in which type keys and values are held, on a cpu; auto: in that of --dtype; int8 has "
+        "a scale for each token and KV head. All workers of a mesh must say the same",
+        choices=KV_DTYPES,
     )
     quantization: str = option(
         "auto",
@@ -111,3 +118,7 @@ class WorkerOptions:
         if self.dtype != "auto":
             return self.dtype
         return "float32" if self.device == "cpu" or self.batch_invariant else stored_dtype
+
+    def resolved_kv_dtype(self, dtype: str) -> str:
+        """`dtype` is what is computed with. Raises ConfigError where the device cannot have it."""
+        return resolve_kv_dtype(self.kv_dtype, dtype, self.device)

@@ -1,9 +1,9 @@
 """Pages of a stage as they leave the worker and come in: KV, and the log of what was sent.
 
-    n blocks of a batch, L layers, H KV heads, O offset in a block, D head dim, E hidden size
+    n blocks of a batch, O offset in a block, E hidden size
 
-Block by block: the KV as (layer, K/V, head, offset, dim), whatever the layout in memory, and, for a
-block that is logged, (offset, hidden). A batch names blocks by their ids in the pipeline, and
+Block by block: the KV as plan.proto says, whatever the layout in memory, and, for a block that is
+logged, (offset, hidden). A batch names blocks by their ids in the pipeline, and
 whoever reads or writes it says where those lie here. Runs on the device thread. What is in unused
 slots goes along; nobody reads it here or there.
 """
@@ -27,23 +27,15 @@ class PageStore:
     def __init__(self, cache: KvCache, log: BoundaryLog) -> None:
         self._cache = cache
         self._log = log
-        pages = cache.keys[0]
-        num_layers, (_, offsets, heads, dim) = len(cache.keys), pages.shape
-        self._shape = (num_layers, 2, heads, offsets, dim)
-        self._dtype = pages.dtype
-        self.kv_block_bytes = 2 * num_layers * pages[0].nbytes
+        self._dtype = cache.dtype
+        self.kv_block_bytes = cache.block_bytes
         self.log_block_bytes = log.block_bytes
 
     @torch.inference_mode()
     def read(self, block_ids: tuple[int, ...], blocks: PipelineBlocks) -> PageBatch:
         """Blocks in the order of `blocks.order`."""
         num_logged = blocks.num_logged(block_ids)
-        index = torch.tensor(blocks.kv.places(block_ids), device=self._cache.keys[0].device)
-        pages = torch.empty((len(block_ids), *self._shape), dtype=self._dtype)
-        for i, pair in enumerate(zip(self._cache.keys, self._cache.values, strict=True)):
-            for j, source in enumerate(pair):
-                pages[:, i, j] = source.index_select(0, index).transpose(1, 2)
-        kv = _as_bytes(pages)
+        kv = self._cache.read_blocks(blocks.kv.places(block_ids))
         logged = torch.empty(0, dtype=torch.uint8)
         if num_logged:
             log = _as_bytes(self._log.pages[blocks.log.places(block_ids[:num_logged])])
@@ -52,6 +44,7 @@ class PageStore:
         return PageBatch(
             block_ids=block_ids,
             dtype=DTYPE_NAMES[self._dtype],
+            kv_dtype=self._cache.kv_dtype,
             kv_block_bytes=self.kv_block_bytes,
             log_block_bytes=self.log_block_bytes,
             num_logged=num_logged,
@@ -74,19 +67,11 @@ class PageStore:
                 payload[split:].view(-1, self.kv_block_bytes),
             )
         )
-        self._write_kv(blocks.kv.places(batch.block_ids), kv)
+        self._cache.write_blocks(blocks.kv.places(batch.block_ids), kv)
         # What is logged there beyond this log is left out.
         num_logged = blocks.num_logged(batch.block_ids)
         log = logged[:num_logged, self.kv_block_bytes :]
         self._write_log(blocks.log.places(batch.block_ids[:num_logged]), log)
-
-    def _write_kv(self, places: list[int], kv: Tensor) -> None:
-        device = self._cache.keys[0].device
-        index = torch.tensor(places, device=device)
-        pages = kv.view(self._dtype).view(-1, *self._shape).to(device).transpose(3, 4)
-        for i, pair in enumerate(zip(self._cache.keys, self._cache.values, strict=True)):
-            for j, target in enumerate(pair):
-                target.index_copy_(0, index, pages[:, i, j])
 
     def _write_log(self, places: list[int], log: Tensor) -> None:
         if places:
@@ -97,8 +82,12 @@ class PageStore:
     def _check(self, batch: PageBatch, blocks: PipelineBlocks) -> None:
         if batch.block_ids != blocks.order(batch.block_ids):
             raise ProtocolError("pages come without order")
-        if batch.dtype != DTYPE_NAMES[self._dtype]:
-            raise ProtocolError(f"pages are {batch.dtype}, not {DTYPE_NAMES[self._dtype]}")
+        for what, theirs, ours in (
+            ("pages are", batch.kv_dtype, self._cache.kv_dtype),
+            ("pages are computed in", batch.dtype, DTYPE_NAMES[self._dtype]),
+        ):
+            if theirs != ours:
+                raise ProtocolError(f"{what} {theirs}, not {ours}")
         num_needed = blocks.num_logged(batch.block_ids)
         log_fits = not num_needed or batch.log_block_bytes == self.log_block_bytes
         if batch.kv_block_bytes != self.kv_block_bytes or not log_fits:

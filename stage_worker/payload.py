@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from stage_worker.checkpoint import DTYPE_NAMES, TORCH_DTYPES
+from stage_worker.quantise import round_vectors
 from stage_worker.staging import host_tensor, to_device, to_host
 from stagemesh.errors import ProtocolError
 from stagemesh.frames import hidden_bytes
 
 INT8 = "int8"
-_INT8_MAX = 127
 
 
 def bytes_view(hidden: Tensor) -> memoryview:
@@ -34,12 +34,8 @@ def hidden_as_bytes(hidden: Tensor, wire_dtype: str) -> memoryview:
     """hidden: [T, E]"""
     if wire_dtype != INT8:
         return bytes_view(hidden.to(TORCH_DTYPES[wire_dtype]))
-    numbers = hidden.float()
-    scales = numbers.abs().amax(dim=1) / _INT8_MAX if numbers.numel() else numbers[:, 0]
-    # A token of zeros only has scale 0, and one that is not finite a scale that is not.
-    quotients = (numbers / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round()
-    quantised = quotients.nan_to_num().clamp(-_INT8_MAX, _INT8_MAX).to(torch.int8)
-    return memoryview(bytes(bytes_view(scales)) + bytes(bytes_view(quantised)))
+    codes, scales = round_vectors(hidden)
+    return memoryview(bytes(bytes_view(scales)) + bytes(bytes_view(codes)))
 
 
 def hidden_from_bytes(

@@ -1,4 +1,4 @@
-"""Rounds weights to few bits: pure functions of rows, whether they are stored or computed with.
+"""Rounds numbers to few bits: pure functions of rows, to be stored, computed with or sent.
 
 R rows (outputs), I inputs, G groups of inputs
 """
@@ -13,6 +13,9 @@ from stage_worker.weight_source import Codes
 # Beside an activation's 8 bits; see fbgemm.MAX_CODE_PRODUCT.
 INT8_MAX = 64
 INT4_MAX = 15
+# Of what is only stored or sent as int8, and turned back.
+_CODE_MAX = 127
+_SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def to_int8(rows: Tensor) -> Codes:
@@ -38,3 +41,15 @@ def to_int4(rows: Tensor, group_size: int) -> Codes:
     zeros = (-lowest / scales).round_().clamp_(0, INT4_MAX)
     values = (grouped / scales[..., None]).round_().add_(zeros[..., None]).clamp_(0, INT4_MAX)
     return Codes(values.to(torch.uint8).view(len(wide), -1), scales, zeros)
+
+
+def round_vectors(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric codes, int8, and a float32 scale for each vector of the last dimension [..., 1].
+
+    What a vector becomes depends on it alone. The scale of one that is not finite is
+    not finite either, and what it is multiplied by neither.
+    """
+    wide = numbers.to(torch.float32)
+    scales = wide.abs().amax(dim=-1, keepdim=True).div_(_CODE_MAX).clamp_(min=_SMALLEST)
+    codes = (wide / scales).round_().nan_to_num_().to(torch.int8)
+    return codes, scales

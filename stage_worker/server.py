@@ -70,12 +70,13 @@ async def serve(
     """
     spec = ModelSpec.from_directory(options.model)
     _check_span(options, spec)
+    dtype = options.resolved_dtype(spec.dtype)
+    options.resolved_kv_dtype(dtype)  # refused before anything is begun
     server = RpcServer(options.listen)
     device = DeviceThread()
     try:
         async with asyncio.TaskGroup() as group:
             stats = Stats()
-            dtype = options.resolved_dtype(spec.dtype)
             holder = SpanHolder(options, dtype, device)
             worker = Worker(
                 options.scheduler,
@@ -156,6 +157,7 @@ def _identity(
         dtype=dtype_to_proto(dtype),
         batch_invariant=options.batch_invariant,
         wire_dtype=dtype_to_proto(dtype if options.wire_dtype == "auto" else options.wire_dtype),
+        kv_dtype=dtype_to_proto(options.resolved_kv_dtype(dtype)),
         quantization=str(parse_quantization(options.quantization)),
         pid=os.getpid(),
         stagemesh_version=__version__,

@@ -137,6 +137,7 @@ def _load(options: WorkerOptions, dtype: str, span: Span, on_progress: OnProgres
         max_log_memory_bytes=options.max_log_memory_bytes,
         wire_dtype=options.wire_dtype,
         lone_threads=options.lone_threads,
+        kv_dtype=options.kv_dtype,
     )
     executor = StageExecutor.load(config, on_progress)
     return HeldSpan(span, executor.facts, executor, StepCost(executor.spec, span))

@@ -38,10 +38,14 @@ class PagesRequest:
 
 @dataclass(frozen=True, slots=True)
 class PageBatch:
-    """Some blocks, in order; the first `num_logged` of them with what was logged of them."""
+    """Some blocks, in order; the first `num_logged` of them with what was logged of them.
+
+    `dtype` is what is computed with, and that of the log; `kv_dtype` is that of the KV.
+    """
 
     block_ids: tuple[int, ...]
     dtype: str
+    kv_dtype: str
     kv_block_bytes: int
     log_block_bytes: int
     num_logged: int
@@ -91,6 +95,7 @@ def encode_batch(batch: PageBatch) -> Iterator[bytes]:
         kv_block_bytes=batch.kv_block_bytes,
         log_block_bytes=batch.log_block_bytes,
         num_logged=batch.num_logged,
+        kv_dtype=wire.dtype_to_proto(batch.kv_dtype),
     )
     yield encode_frame(plan_pb2.FrameHeader(pages=pages), payload[:SENT_FRAME_BYTES])
     for offset in range(SENT_FRAME_BYTES, len(payload), SENT_FRAME_BYTES):
@@ -123,6 +128,7 @@ class BatchAssembler:
         batch = PageBatch(
             block_ids=tuple(pages.block_ids),
             dtype=wire.dtype_from_proto(pages.dtype),
+            kv_dtype=wire.dtype_from_proto(pages.kv_dtype or pages.dtype),
             kv_block_bytes=pages.kv_block_bytes,
             log_block_bytes=pages.log_block_bytes,
             num_logged=pages.num_logged,

@@ -52,6 +52,7 @@ def worker(options: UpOptions, scheduler_address: str, index: int, port: int) ->
         "--device": options.device,
         "--dtype": options.dtype,
         "--wire-dtype": options.wire_dtype,
+        "--kv-dtype": options.kv_dtype,
         "--quantization": options.quantization,
         "--max-kv-memory": options.max_kv_memory_bytes,
         "--num-blocks": options.num_blocks,

@@ -34,6 +34,11 @@ class UpOptions:
         help="type in which hidden states travel from stage to stage",
         choices=("auto", "float32", "bfloat16", "int8"),
     )
+    kv_dtype: str | None = option(
+        None,
+        help="type in which keys and values are held (docs/quantisation.md)",
+        choices=("auto", "float32", "bfloat16", "float16", "int8"),
+    )
     quantization: str | None = option(
         None, help="how weights are held: auto, none, int8, int4-g64, … (docs/quantisation.md)"
     )

@@ -35,13 +35,16 @@ def facts(live: Live) -> tuple[object, ...]:
     return live.sampled, live.prompt_logprobs
 
 
-@pytest.mark.parametrize("model", MODELS, ids=str)
+CASES = [(model, "auto") for model in MODELS] + [(MODELS[0], "bfloat16"), (MODELS[1], "int8")]
+
+
+@pytest.mark.parametrize(("model", "kv_dtype"), CASES, ids=str)
 def test_bits_do_not_depend_on_batch_chunk_stages_or_blocks(
-    model: TinyModel, tmp_path: Path
+    model: TinyModel, kv_dtype: str, tmp_path: Path
 ) -> None:
     tiny_model(model, tmp_path)
     path = tmp_path / model.name
-    alone = Chain(path, 1, batch_invariant=True)
+    alone = Chain(path, 1, batch_invariant=True, kv_dtype=kv_dtype)
     expected = [facts(live) for live in alone.run(wishes(6), max_rows=1)]
     cuts = [(1, 1, None, 32), (1, 7, None, 3), (2, None, None, 2), (3, 7, 16, 32), (5, 1, 4, 6)]
     for num_stages, chunk, block_size, max_rows in cuts:
@@ -52,6 +55,7 @@ def test_bits_do_not_depend_on_batch_chunk_stages_or_blocks(
             block_size_tokens=block_size or 8,
             num_blocks=1024,
             seed=num_stages,
+            kv_dtype=kv_dtype,
         )
         company = wishes(min(max_rows, 32) if max_rows > 6 else 6)
         got = [facts(live) for live in chain.run(company, chunk=chunk, max_rows=max_rows)][:6]

@@ -78,7 +78,7 @@ def interleave(one: Rebuilder, other: Rebuilder, max_turns: int = 1000) -> None:
 @torch.inference_mode()
 def spoil(stage: StageExecutor) -> None:
     """What was not written by the time it is read makes everything NaN."""
-    for pages in (*stage.cache.keys, *stage.cache.values, stage.log.pages):
+    for pages in (*stage.cache.memory, stage.log.pages):
         pages.fill_(float("nan"))
 
 

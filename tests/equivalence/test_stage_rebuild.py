@@ -95,11 +95,28 @@ def test_what_is_rounded_on_the_wire_is_rounded_alike_when_it_is_rebuilt(
     _lose_and_rebuild(model, case, "int8", expected)
 
 
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_what_is_rounded_in_the_pages_is_rounded_alike_when_it_is_rebuilt(
+    make: Callable[[str], Made], name: str, kv_dtype: str
+) -> None:
+    """As many stages, chunks and rows in a step as there may be: one has given the same."""
+    model, exact = make(name)
+    alone = Chain(model, 1, batch_invariant=True, kv_dtype=kv_dtype)
+    expected = [_facts(live) for live in alone.run(wishes(), max_rows=1)]
+    assert expected != exact
+    _lose_and_rebuild(model, ALL_WAYS, "auto", expected, kv_dtype)
+
+
 def _lose_and_rebuild(
-    model: Path, case: str, wire_dtype: str, expected: list[tuple[object, ...]]
+    model: Path,
+    case: str,
+    wire_dtype: str,
+    expected: list[tuple[object, ...]],
+    kv_dtype: str = "auto",
 ) -> None:
     lost, num_logged = CASES[case]
-    chain = _chain(model, num_logged, wire_dtype)
+    chain = _chain(model, num_logged, wire_dtype, kv_dtype)
     lives = [chain.start(wish) for wish in wishes()]
     before = Rebuilder(chain, chunk=9, lost=[], use_log=True, alive=list(lives))
     for _ in range(9):
@@ -119,7 +136,9 @@ def _lose_and_rebuild(
             assert all(torch.equal(one, other) for one, other in pages)
 
 
-def _chain(model: Path, num_logged: int | None, wire_dtype: str = "auto") -> Chain:
+def _chain(
+    model: Path, num_logged: int | None, wire_dtype: str = "auto", kv_dtype: str = "auto"
+) -> Chain:
     """Blocks are handed out in no order, so that a log for some of them has holes everywhere."""
     block_bytes = ModelSpec.from_directory(model).hidden_size * BLOCK_SIZE * 4
     num_bytes = None if num_logged is None else num_logged * block_bytes
@@ -131,6 +150,7 @@ def _chain(model: Path, num_logged: int | None, wire_dtype: str = "auto") -> Cha
         num_blocks=32,
         max_log_memory_bytes=num_bytes,
         wire_dtype=wire_dtype,
+        kv_dtype=kv_dtype,
     )
     expected = 32 if num_logged is None else num_logged
     assert [stage.log.num_blocks for stage in chain.stages] == [expected] * 3 + [0]
@@ -144,7 +164,7 @@ def _slots(live: Live, count: int) -> torch.Tensor:
 
 def _pages(stage: StageExecutor, slots: torch.Tensor) -> Iterator[torch.Tensor]:
     """What a stage holds at these slots: KV of each layer, and what it logged."""
-    for pages in (*stage.cache.keys, *stage.cache.values):
+    for pages in stage.cache.memory:
         yield pages.flatten(0, 1)[slots]
     if stage.log.num_blocks:
         yield stage.log.read(slots[slots < stage.log.num_blocks * BLOCK_SIZE])
@@ -158,7 +178,7 @@ def test_rows_that_only_recompute_leave_the_pages_alone(make: Callable[[str], Ma
     row = live.row(4, None)
     live.take(row, chain.execute([row])[0])
     slots = _slots(live, live.computed)
-    keys = chain.stages[0].cache.keys[0].flatten(0, 1)
+    keys = chain.stages[0].cache.memory[0].flatten(0, 1)
     with torch.inference_mode():
         keys[slots] += 1.0
     marked, log = keys[slots].clone(), chain.stages[0].log.read(slots).clone()

@@ -150,6 +150,7 @@ class Chain:
         pipeline_id: str = "p",
         wire_dtype: str = "auto",
         quantization: str = "auto",
+        kv_dtype: str = "auto",
     ) -> None:
         self.pipeline_id = pipeline_id
         num_layers = ModelSpec.from_directory(model_dir).num_layers
@@ -167,6 +168,7 @@ class Chain:
                 max_log_memory_bytes=max_log_memory_bytes,
                 wire_dtype=wire_dtype,
                 quantization=parse_quantization(quantization),
+                kv_dtype=kv_dtype,
             )
             for span in even_spans(num_layers, num_stages)
         ]
@@ -219,9 +221,8 @@ class Chain:
         gone = [self.stages[i] for i in lost]
         for i in lost:
             self.stages[i] = StageExecutor.load(self._configs[i], _ignore)
-            cache = self.stages[i].cache
-            for pages in (*cache.keys, *cache.values, self.stages[i].log.pages):
-                pages.fill_(float("nan"))
+            for pages in (*self.stages[i].cache.memory, self.stages[i].log.pages):
+                pages.view(torch.uint8).fill_(255)  # NaN, as any of the types
         self.join(keep_kv=True, lost=lost)
         return gone
 

@@ -16,7 +16,8 @@ from stage_worker.attention import Attention, Query
 from stage_worker.attention_parts import Gathered, Part, Stretch
 from stage_worker.block_runs import Run, runs_of
 from stage_worker.cpu_attention import CpuAttention
-from stage_worker.kv_cache import KvCache
+from stage_worker.kv_cache import KvCache, PlainKvCache
+from stage_worker.packed_kv_cache import PackedKvCache
 from stage_worker.padded_attention import PaddedAttention, fast_kernel
 from stagemesh.model_spec import ModelSpec
 
@@ -71,12 +72,23 @@ ORDERS = {
 }
 
 
+SPEC = cast(ModelSpec, SimpleNamespace(num_kv_heads=KV_HEADS, head_dim=HEAD_DIM))
+CPU = torch.device("cpu")
+
+
 @pytest.fixture
-def cache() -> KvCache:
-    spec = SimpleNamespace(num_kv_heads=KV_HEADS, head_dim=HEAD_DIM)
-    cache = KvCache(cast(ModelSpec, spec), 2, NUM_BLOCKS, BLOCK, torch.float32, torch.device("cpu"))
-    for pages in (*cache.keys, *cache.values):
+def cache() -> PlainKvCache:
+    cache = PlainKvCache(SPEC, 2, NUM_BLOCKS, BLOCK, torch.float32, CPU)
+    for pages in cache.memory:
         pages.fill_(torch.nan)
+    return cache
+
+
+@pytest.fixture(params=["bfloat16", "float16", "int8"])
+def packed(request: pytest.FixtureRequest) -> PackedKvCache:
+    cache = PackedKvCache(SPEC, 2, NUM_BLOCKS, BLOCK, torch.float32, request.param)
+    for pages in cache.memory:
+        pages.fill_(-1)  # NaN as any of these
     return cache
 
 
@@ -95,8 +107,9 @@ def make_rows(cache: KvCache, blocks: list[int], sizes: list[tuple[int, int]]) -
         end = start + num_tokens
         own = [blocks.pop(0) for _ in range(-(-end // BLOCK) + 1)]  # one for what comes later
         slots = (torch.tensor(own)[:, None] * BLOCK + torch.arange(BLOCK)).flatten()[:end]
-        for pages in (*cache.keys, *cache.values):
-            pages.flatten(0, 1)[slots] = torch.randn(end, KV_HEADS, HEAD_DIM)
+        for layer in range(2):
+            keys, values = torch.randn(2, end, KV_HEADS, HEAD_DIM)
+            cache.write(layer, slots, keys, values)
         rows.append(Query(first, num_tokens, start, slots, own))
         first += num_tokens
     return rows
@@ -110,8 +123,8 @@ def plain(queries: Tensor, rows: list[Query], window: int | None, cache: KvCache
             end = row.start + i + 1
             slots = row.slots[0 if window is None else max(0, end - window) : end]
             keys, values = (
-                pages[1].flatten(0, 1)[slots].repeat_interleave(HEADS // KV_HEADS, dim=1).double()
-                for pages in (cache.keys, cache.values)
+                held[0].repeat_interleave(HEADS // KV_HEADS, dim=1).double()
+                for held in cache.read(1, slots[None])
             )
             scores = torch.einsum("hd,chd->hc", queries[row.first + i].double(), keys)
             weights = (scores * HEAD_DIM**-0.5).softmax(dim=1)
@@ -147,7 +160,7 @@ def test_padded_attention(cache: KvCache, window: int | None) -> None:
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
 
 
-def test_scores_too_large_for_exp(cache: KvCache, min_run: int) -> None:
+def test_scores_too_large_for_exp(cache: PlainKvCache, min_run: int) -> None:
     """Parts whose sums differ by more than float32 can hold are merged all the same."""
     rows = make_rows(cache, _in_pieces(), [(1, 199), (1, 90)])
     cache.keys[1] *= 100
@@ -211,3 +224,38 @@ def test_a_second_reading_may_be_longer_or_shorter(cache: KvCache) -> None:
     for slots in (rows[0].slots[:5], rows[0].slots, rows[0].slots[40:60].view(4, 5)):
         for copied, pages in zip(cache.read(1, slots), (cache.keys, cache.values), strict=True):
             assert torch.equal(copied, pages[1].flatten(0, 1)[slots])
+
+
+@pytest.mark.parametrize("order", ["rising", "shuffled"])
+@pytest.mark.parametrize("window", [None, 1, 50])
+@pytest.mark.parametrize("piece", [8, 64])
+def test_pages_in_another_type(
+    packed: PackedKvCache,
+    order: str,
+    window: int | None,
+    piece: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Attention is exact over what the pages hold, however it is cut."""
+    monkeypatch.setattr(cpu_attention, "_PIECE_SLOTS", piece)
+    torch.manual_seed(piece)
+    rows = make_rows(packed, ORDERS[order](), ROWS)
+    output, expected = attended(CpuAttention(), rows, window, packed)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+
+
+def test_a_context_in_another_type_is_turned_a_piece_at_a_time(
+    packed: PackedKvCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_attention, "_PIECE_SLOTS", 16)
+    monkeypatch.setattr(cpu_attention, "_MAX_COPY_BYTES", 64 * packed.slot_bytes)
+    rows = make_rows(packed, _rising(), [(1, 199), (1, 190), (5, 150), (70, 300)])
+    parts = parts_of(packed, rows)
+    made = {}
+    for part in parts:
+        assert isinstance(part, Gathered)
+        num_queries = len(part.tokens) // len(part.slots)
+        made[num_queries] = max(made.get(num_queries, 0), part.slots.numel())
+    # Few queries: as many slots as a part holds. Many: four for each, or their own tokens.
+    assert made == {1: 64, 5: 60, 70: 280}
+    assert sum(isinstance(part, Gathered) and not part.causal for part in parts) > 10

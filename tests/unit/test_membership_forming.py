@@ -198,6 +198,7 @@ def test_a_worker_that_has_only_its_own_parts_is_taken() -> None:
     [
         ("dtype", "bfloat16", "--dtype bfloat16"),
         ("wire_dtype", "int8", "--wire-dtype int8"),
+        ("kv_dtype", "int8", "--kv-dtype int8"),
         ("batch_invariant", True, "--batch-invariant"),
         ("quantization", "int8", "--quantization int8"),
     ],

@@ -144,6 +144,7 @@ def test_a_span_outside_of_the_model_is_refused(originals: Path, span: Span) -> 
         ({"dtype": "int8"}, "dtype"),
         ({"dtype": "bfloat16", "batch_invariant": True}, "batch_invariant"),
         ({"block_size_tokens": 0}, "block_size"),
+        ({"kv_dtype": "int4"}, "--kv-dtype must be"),
     ],
 )
 def test_wrong_options_are_named(originals: Path, options: dict[str, Any], message: str) -> None:
@@ -165,6 +166,11 @@ def test_blocks_follow_from_the_budget(originals: Path) -> None:
     facts = load(originals / "single", num_blocks=None, max_kv_memory_bytes=budget).facts
     assert facts.kv_block_bytes == 2 * 5 * 8 * 2 * 16 * 4
     assert facts.num_blocks == budget // facts.kv_block_bytes
+    int8 = load(
+        originals / "single", num_blocks=None, max_kv_memory_bytes=budget, kv_dtype="int8"
+    ).facts
+    assert int8.kv_block_bytes == 2 * 5 * 8 * 2 * (16 + 4)
+    assert int8.num_blocks == budget // int8.kv_block_bytes >= 3 * facts.num_blocks
     default = load(originals / "single", num_blocks=None).facts
     assert default.num_blocks == 256 * 128 // 8  # 256 sequences of full length are enough
 

@@ -33,13 +33,22 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "tiny"
 
 
-def chain(model: Path, *, dtype: str = "float32", num_logged: int | None = None) -> Chain:
+def chain(
+    model: Path, *, dtype: str = "float32", num_logged: int | None = None, kv_dtype: str = "auto"
+) -> Chain:
     num_bytes = None if num_logged is None else num_logged * HIDDEN_SIZE * BLOCK_SIZE * 4
-    return Chain(model, 2, dtype=dtype, num_blocks=16, max_log_memory_bytes=num_bytes)
+    return Chain(
+        model,
+        2,
+        dtype=dtype,
+        num_blocks=16,
+        max_log_memory_bytes=num_bytes,
+        kv_dtype=kv_dtype,
+    )
 
 
-def served(model: Path, **options: int) -> Chain:
-    stages = chain(model, **options)  # type: ignore[arg-type]
+def served(model: Path, *, num_logged: int | None = None, kv_dtype: str = "auto") -> Chain:
+    stages = chain(model, num_logged=num_logged, kv_dtype=kv_dtype)
     stages.run([Wish(prompt, 4) for prompt in prompts(3, (20, 7, 30), 320, 1)])
     return stages
 
@@ -53,22 +62,29 @@ def passed_on(batch: PageBatch) -> PageBatch:
     return batches[-1]
 
 
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Bit by bit: what is in unused slots may be NaN."""
+    pair = [tensor.contiguous().view(torch.uint8) for tensor in (one, other)]
+    return torch.equal(*pair)
+
+
 @pytest.mark.parametrize("stage", [0, 1])
 @pytest.mark.parametrize(("here", "there"), [(None, None), (9, 5), (0, 0)])
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "int8"])
 def test_pages_are_the_same_on_the_other_side(
-    model: Path, stage: int, here: int | None, there: int | None
+    model: Path, stage: int, here: int | None, there: int | None, kv_dtype: str
 ) -> None:
-    source_chain, target_chain = served(model, num_logged=here), chain(model, num_logged=there)
+    source_chain = served(model, num_logged=here, kv_dtype=kv_dtype)
+    target_chain = chain(model, num_logged=there, kv_dtype=kv_dtype)
     source, target = source_chain.stages[stage], target_chain.stages[stage]
     blocks = source_chain.blocks(stage)
     ids = blocks.order((11, 3, 3, 0, 7, 8))
     assert ids == (0, 3, 7, 8, 11)
     target.pages.write(passed_on(source.pages.read(ids, blocks)), target_chain.blocks(stage))
-    for i in range(len(source.cache.keys)):
-        assert torch.equal(source.cache.keys[i][list(ids)], target.cache.keys[i][list(ids)])
-        assert torch.equal(source.cache.values[i][list(ids)], target.cache.values[i][list(ids)])
+    for pages in zip(source.cache.memory, target.cache.memory, strict=True):
+        assert same(*(each[list(ids)] for each in pages))
     logged = [i for i in ids if i < target.log.num_blocks]
-    assert torch.equal(source.log.pages[logged], target.log.pages[logged])
+    assert same(source.log.pages[logged], target.log.pages[logged])
 
 
 def test_the_layout_on_the_wire(model: Path) -> None:
@@ -78,14 +94,33 @@ def test_the_layout_on_the_wire(model: Path) -> None:
     assert batch.num_logged == 1
     numbers = torch.frombuffer(bytearray(batch.payload), dtype=torch.float32)
     kv_size = 1 * 2 * 2 * BLOCK_SIZE * 16
+    keys, values = stage.cache.memory
     first = numbers[:kv_size].view(1, 2, 2, BLOCK_SIZE, 16)
-    assert torch.equal(first[0, 0, 1], stage.cache.keys[0][4, :, 1])
-    assert torch.equal(first[0, 1, 0], stage.cache.values[0][4, :, 0])
+    assert same(first[0, 0, 1], keys[4, :, 1])
+    assert same(first[0, 1, 0], values[4, :, 0])
     log_size = BLOCK_SIZE * HIDDEN_SIZE
     log = numbers[kv_size : kv_size + log_size].view(BLOCK_SIZE, HIDDEN_SIZE)
-    assert torch.equal(log, stage.log.pages[4])
+    assert same(log, stage.log.pages[4])
     second = numbers[kv_size + log_size :].view(1, 2, 2, BLOCK_SIZE, 16)
-    assert torch.equal(second[0, 0, 0], stage.cache.keys[0][5, :, 0])
+    assert same(second[0, 0, 0], keys[5, :, 0])
+
+
+def test_the_layout_of_int8_on_the_wire(model: Path) -> None:
+    """block, layer, offset: codes as K/V, head, dim, then scales as K/V, head."""
+    stage = served(model, num_logged=0, kv_dtype="int8").stages[0]
+    slot = 5 * BLOCK_SIZE + 3
+    with torch.inference_mode():
+        stage.cache.write(0, torch.tensor([slot]), torch.randn(1, 2, 16), torch.randn(1, 2, 16))
+    batch = stage.pages.read((4, 5), stage.facts.blocks_for(16))
+    assert (batch.dtype, batch.kv_dtype) == ("float32", "int8")
+    assert batch.kv_block_bytes == stage.facts.kv_block_bytes == BLOCK_SIZE * 2 * 2 * (16 + 4)
+    records = torch.frombuffer(bytearray(batch.payload), dtype=torch.int8)
+    record = records.view(2, BLOCK_SIZE, -1)[1, 3]
+    codes, scales = record[: 2 * 2 * 16].view(2, 2, 16), record[2 * 2 * 16 :].view(torch.float32)
+    numbers = codes * scales.view(2, 2, 1)
+    keys, values = stage.cache.read(0, torch.tensor([[slot]]))
+    assert torch.equal(numbers[0], keys[0, 0])
+    assert torch.equal(numbers[1], values[0, 0])
 
 
 def refused(chain: Chain, batch: PageBatch, why: str) -> None:
@@ -96,7 +131,10 @@ def refused(chain: Chain, batch: PageBatch, why: str) -> None:
 def test_pages_that_do_not_fit_are_refused(model: Path) -> None:
     source = served(model, num_logged=4)
     batch = source.stages[0].pages.read((1, 2, 6), source.blocks(0))
-    refused(chain(model, dtype="bfloat16"), batch, "float32, not bfloat16")
+    refused(chain(model, dtype="bfloat16"), batch, "pages are float32, not bfloat16")
+    refused(chain(model, kv_dtype="int8"), batch, "pages are float32, not int8")
+    other = chain(model, dtype="bfloat16", kv_dtype="float32")
+    refused(other, batch, "pages are computed in float32, not bfloat16")
     refused(chain(model), batch, "log there is shorter")
     fitting = chain(model, num_logged=4)
     for changes, why in (
@@ -114,7 +152,7 @@ def test_pages_that_do_not_fit_are_refused(model: Path) -> None:
 def test_a_batch_larger_than_a_frame_is_put_together() -> None:
     size = SENT_FRAME_BYTES * 2 // 3
     payload = bytes(range(256)) * (4 * size // 256) + bytes(4 * size % 256 + 10)
-    batch = PageBatch((1, 2, 5, 9), "float16", size, 5, 2, payload)
+    batch = PageBatch((1, 2, 5, 9), "float16", "int8", size, 5, 2, payload)
     frames = list(encode_batch(batch))
     assert len(frames) == 3
     assert passed_on(batch) == dataclasses.replace(batch, payload=bytearray(payload))

@@ -37,7 +37,7 @@ def both(model: Path) -> tuple[Chain, Chain]:
 
 @torch.inference_mode()
 def mark(stage: StageExecutor) -> None:
-    for pages in (*stage.cache.keys, *stage.cache.values, stage.log.pages):
+    for pages in (*stage.cache.memory, stage.log.pages):
         pages.fill_(7.0)
 
 
@@ -45,7 +45,7 @@ def written(stage: StageExecutor) -> tuple[set[int], set[int]]:
     """Blocks of the KV, and of the log."""
     kv, log = (
         {block for block in range(len(pages)) if bool((pages[block] != 7.0).any())}
-        for pages in (stage.cache.keys[0], stage.log.pages)
+        for pages in (stage.cache.memory[0], stage.log.pages)
     )
     return kv, log
 

@@ -198,7 +198,7 @@ class Source:
         self.may_end = asyncio.Event()
 
     async def pages(self, request: PagesRequest) -> AsyncGenerator[PageBatch]:
-        yield PageBatch((3,), "float32", 1, 0, 0, b"x")
+        yield PageBatch((3,), "float32", "float32", 1, 0, 0, b"x")
         await self.may_end.wait()
 
 
