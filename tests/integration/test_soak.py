@@ -23,7 +23,7 @@ from stagemesh.bench.workload import trace_asks, with_cancels
 STREAMS = 64
 CANCEL_SHARE = 0.33
 # The first two warm up what is compared with the last.
-LOOPS = max(3, int(os.environ.get("STAGEMESH_SOAK_LOOPS", "4")))
+LOOPS = max(3, int(os.environ.get("STAGEMESH_SOAK_LOOPS", "5")))
 SEED = 20261121
 
 
