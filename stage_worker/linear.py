@@ -15,7 +15,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from stage_worker.weight_source import WeightSource
+from stage_worker.weight_source import Codes, WeightSource
 
 # Weights that are converted at a time: few against any stage worth splitting off, enough for a
 # kernel to be called at its full speed.
@@ -67,6 +67,32 @@ class LinearSource:
             rows = rows_per_piece(num_inputs)
             for start in range(0, num_outputs, rows):
                 yield weight, start, min(start + rows, num_outputs)
+
+
+def joined_codes(
+    source: LinearSource, codes_of: Callable[[WeightSource, int, int], Codes], num_weights: int
+) -> Iterator[Codes]:
+    """The source's outputs as `codes_of` gives them, of up to `num_weights` weights at a time and
+    across its matrices; values in int8, in memory that the next ones overwrite.
+
+    One place for all: what is kept between pieces that are freed would leave holes in memory.
+    """
+    num_inputs = source.num_inputs
+    room = min(source.num_outputs, max(rows_per_piece(num_inputs), num_weights // num_inputs))
+    values = torch.empty(room, num_inputs, dtype=torch.int8)
+    scales: list[Tensor] = []
+    zeros: list[Tensor] = []
+    filled = 0
+    for matrix, start, end in source.pieces():
+        if filled + end - start > room:
+            yield Codes(values[:filled], torch.cat(scales), torch.cat(zeros))
+            scales, zeros, filled = [], [], 0
+        codes = codes_of(matrix, start, end)
+        values[filled : filled + end - start].copy_(codes.values)
+        scales.append(codes.scales)
+        zeros.append(codes.zeros)
+        filled += end - start
+    yield Codes(values[:filled], torch.cat(scales), torch.cat(zeros))
 
 
 def rows_per_piece(num_inputs: int) -> int:

@@ -8,12 +8,13 @@ kernel is fast with. It is for models that would not fit otherwise: 8 bits are f
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from stage_worker.linear import LinearSource
+from stage_worker.linear import LinearSource, joined_codes
 from stage_worker.quantise import to_int4
 from stage_worker.weight_source import Codes, WeightSource
 from stagemesh.quantization import GROUP_SIZES
@@ -21,6 +22,8 @@ from stagemesh.quantization import GROUP_SIZES
 # What the kernel's weights are multiples of.
 _OUTPUTS_MULTIPLE = 16
 _MIDDLE = 8
+# At least so many weights at a time are multiplied: a call costs something of its own.
+_PACKED_WEIGHTS = 2**22
 
 
 class _Piece:
@@ -61,8 +64,9 @@ class Int4Linear:
     @classmethod
     def make(cls, source: LinearSource, group_size: int) -> Int4Linear:
         pieces = []
-        for matrix, start, end in source.pieces():
-            pieces.append(_Piece(_codes(matrix, start, end, group_size), group_size))
+        codes_of = functools.partial(_codes, group_size=group_size)
+        for codes in joined_codes(source, codes_of, _PACKED_WEIGHTS):
+            pieces.append(_Piece(codes, group_size))
             source.on_bytes(pieces[-1].nbytes)
         bias = source.bias(torch.float32, torch.device("cpu"))
         return cls(pieces, bias, -source.num_inputs % group_size)

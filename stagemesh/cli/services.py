@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from stagemesh.addresses import join_address
-from stagemesh.cli.up_options import UpOptions
+from stagemesh.cli.up_options import UpOptions, num_cores
 from stagemesh.options import options_of
 
 
@@ -66,6 +66,10 @@ def worker(options: UpOptions, scheduler_address: str, index: int, port: int) ->
 _MODULES = {"scheduler": "scheduler", "gateway": "gateway", "worker": "stage_worker"}
 
 
+# Of GNU's OpenMP, which torch comes with; some tenths of a millisecond.
+_STEP_PAUSE_SPINS = "30000"
+
+
 def _service(
     role: str, name: str, flags: Mapping[str, object | None], options: UpOptions
 ) -> Service:
@@ -89,9 +93,12 @@ def _environ(options: UpOptions) -> dict[str, str]:
     environ = {name: value for name, value in os.environ.items() if name not in own}
     if options.config is not None:
         environ["STAGEMESH_CONFIG"] = str(options.config)
-    # Workers of one host share its cores; a thread that waits must not spin on another's.
+    # Workers of one host share its cores; a thread that waits must not spin on another's. Where
+    # each has its own it may, for as long as work pauses within a step: being woken takes longer.
     environ["OMP_NUM_THREADS"] = str(options.threads())
     environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    if options.threads() * options.num_stage_workers <= num_cores():
+        environ.setdefault("GOMP_SPINCOUNT", _STEP_PAUSE_SPINS)
     # What gRPC's core notes about connections that come and go.
     environ.setdefault("GRPC_VERBOSITY", "ERROR")
     return environ
