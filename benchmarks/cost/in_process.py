@@ -95,7 +95,13 @@ class Stages:
                 num_blocks=num_blocks,
             )
             executor = StageExecutor.load(config, lambda *_: None)
-            executor.join(stage=stage, num_stages=num_stages, num_blocks=num_blocks, keep_kv=False)
+            executor.join(
+                pipeline_id="p",
+                stage=stage,
+                num_stages=num_stages,
+                blocks=executor.facts.blocks_for(num_blocks),
+                keep_kv=False,
+            )
             self._queues.append(queue.SimpleQueue())
             thread = threading.Thread(target=self._work, args=(stage, executor))
             self._threads.append(thread)

@@ -6,6 +6,7 @@ own `batched-bench` makes them. Building it needs a C++ compiler and CMake.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,6 +62,9 @@ class _Contexts(Engine):
         import llama_cpp
 
         self._lib: Any = llama_cpp
+        # It tells of every tensor otherwise. The callback must live as long as it may be called.
+        self._silence = llama_cpp.llama_log_callback(lambda level, text, data: None)
+        llama_cpp.llama_log_set(self._silence, ctypes.c_void_p(0))
         self._lib.llama_backend_init()
         self._threads = options.threads
         params = self._lib.llama_model_default_params()

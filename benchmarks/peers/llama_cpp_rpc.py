@@ -32,7 +32,7 @@ class RpcServers:
         """Changes the parameters of a model to be loaded."""
         if not self._processes:
             return
-        params.devices = ctypes.cast(self._devices, type(params.devices))
+        params.devices = ctypes.cast(self._devices, ctypes.c_void_p)
         params.n_gpu_layers = _ALL_LAYERS
         params.tensor_split = ctypes.cast(self._shares, type(params.tensor_split))
 
