@@ -79,7 +79,7 @@ def joined_codes(
     """
     num_inputs = source.num_inputs
     room = min(source.num_outputs, max(rows_per_piece(num_inputs), num_weights // num_inputs))
-    values = torch.empty(room, num_inputs, dtype=torch.int8)
+    values = torch.empty(0, dtype=torch.int8)
     scales: list[Tensor] = []
     zeros: list[Tensor] = []
     filled = 0
@@ -88,6 +88,8 @@ def joined_codes(
             yield Codes(values[:filled], torch.cat(scales), torch.cat(zeros))
             scales, zeros, filled = [], [], 0
         codes = codes_of(matrix, start, end)
+        if not len(values):  # as wide as codes are: the last group may have been filled up
+            values = torch.empty(room, codes.values.shape[1], dtype=torch.int8)
         values[filled : filled + end - start].copy_(codes.values)
         scales.append(codes.scales)
         zeros.append(codes.zeros)
