@@ -15,6 +15,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from stage_worker.memory import trim_host
 from stage_worker.weight_source import Codes, WeightSource
 
 # Weights that are converted at a time: few against any stage worth splitting off, enough for a
@@ -75,7 +76,8 @@ def joined_codes(
     """The source's outputs as `codes_of` gives them, of up to `num_weights` weights at a time and
     across its matrices; values in int8, in memory that the next ones overwrite.
 
-    One place for all: what is kept between pieces that are freed would leave holes in memory.
+    One place for all, and what conversion took is given back: what is kept between pieces that are
+    freed would leave holes in memory, as much as a model of few layers holds.
     """
     num_inputs = source.num_inputs
     room = min(source.num_outputs, max(rows_per_piece(num_inputs), num_weights // num_inputs))
@@ -85,8 +87,10 @@ def joined_codes(
     filled = 0
     for matrix, start, end in source.pieces():
         if filled + end - start > room:
+            trim_host()
             yield Codes(values[:filled], torch.cat(scales), torch.cat(zeros))
             scales, zeros, filled = [], [], 0
+            trim_host()
         codes = codes_of(matrix, start, end)
         if not len(values):  # as wide as codes are: the last group may have been filled up
             values = torch.empty(room, codes.values.shape[1], dtype=torch.int8)
@@ -94,6 +98,7 @@ def joined_codes(
         scales.append(codes.scales)
         zeros.append(codes.zeros)
         filled += end - start
+    trim_host()
     yield Codes(values[:filled], torch.cat(scales), torch.cat(zeros))
 
 

@@ -22,6 +22,11 @@ def trim() -> None:
     """Returns freed memory to CUDA devices, and to the system where glibc is the C library."""
     gc.collect()
     torch.cuda.empty_cache()  # does nothing where CUDA was not used
+    trim_host()
+
+
+def trim_host() -> None:
+    """Returns what was freed to the system, where glibc is the C library; takes milliseconds."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):
