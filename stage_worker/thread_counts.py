@@ -14,10 +14,12 @@ class ThreadCounts:
     """Used on the device thread alone: OpenMP's numbers belong to the thread that sets them."""
 
     def __init__(self, alone: int) -> None:
-        """`alone` 0: a step that is alone in its pipeline is computed as any other."""
-        self._alone = alone or _USUAL
+        """`alone` 0: steps are computed alike, with whatever number of threads was set."""
+        self._alone = alone
 
     def set_for(self, step: Step) -> None:
+        if not self._alone:
+            return
         wanted = self._alone if step.alone else _USUAL
         if torch.get_num_threads() != wanted:
             torch.set_num_threads(wanted)
