@@ -10,120 +10,39 @@ whatever else the machine does hits all of them; medians over all steps.
 from __future__ import annotations
 
 import argparse
-import random
 import statistics
 import tempfile
-import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from benchmarks.lone_stage import LoneStage
 from benchmarks.recovery.random_model import ModelShape, make
-from stage_worker.executor import ExecutorConfig, StageExecutor
-from stage_worker.kv_cache import KvCache
-from stagemesh.plan import BlockUpdate, Epoch, Row, SequenceState, Span, Step
-from stagemesh.sampling import SamplingSpec
+from benchmarks.stages import BLOCK_SIZE_TOKENS
 
-_BLOCK = 16
-_GREEDY = SamplingSpec(temperature=0.0)
 _WARM_UP_STEPS = 3
 
 
-class Decoding:
-    """Sequences of `context` tokens that decode, on a stage of their own."""
-
-    def __init__(
-        self, model: Path, shape: ModelShape, kv_dtype: str, tables: Sequence[tuple[int, ...]]
-    ) -> None:
-        config = ExecutorConfig(
-            model,
-            Span(0, shape.num_layers),
-            "cpu",
-            "float32",
-            batch_invariant=False,
-            block_size_tokens=_BLOCK,
-            num_blocks=sum(map(len, tables)),
-            kv_dtype=kv_dtype,
-        )
-        self.executor = StageExecutor.load(config, lambda loaded_bytes, total_bytes: None)
-        facts = self.executor.facts
-        self.kv_bytes_per_token = facts.kv_block_bytes / _BLOCK
-        self.executor.join(
-            pipeline_id="p",
-            stage=0,
-            num_stages=1,
-            blocks=facts.blocks_for(facts.num_blocks),
-            keep_kv=False,
-        )
-        _fill(self.executor.cache, shape)
-        self._tables = tables
-        self._num_steps = 0
-
-    def step_s(self, position: int) -> float:
-        """The next token of every sequence, at this position."""
-        rows = tuple(self._row(i, position) for i in range(len(self._tables)))
-        step = Step("p", Epoch(1, 1), self._num_steps, rows)
-        self._num_steps += 1
-        started = time.perf_counter()
-        results = self.executor.execute(step, b"", self.executor.dtype).rows
-        assert all(result.error is None for result in results)
-        return time.perf_counter() - started
-
-    def _row(self, i: int, position: int) -> Row:
-        first = self._num_steps == 0
-        known = (1,) * (position + 1)
-        return Row(
-            sequence_id=i,
-            run=0,
-            start=position,
-            num_tokens=1,
-            token_ids=(1,),
-            block_updates=(BlockUpdate(0, self._tables[i]),) if first else (),
-            first_stage=0,
-            end_stage=1,
-            sample_positions=(position,),
-            state=SequenceState(known, (), _GREEDY, len(self._tables[i]) * _BLOCK)
-            if first
-            else None,
-        )
-
-
-@torch.inference_mode()
-def _fill(cache: KvCache, shape: ModelShape) -> None:
-    size = (cache.block_size_tokens, shape.num_kv_heads, shape.head_size)
-    for layer in range(shape.num_layers):
-        for block in range(cache.num_blocks):
-            slots = torch.arange(block * size[0], (block + 1) * size[0])
-            cache.write(layer, slots, torch.randn(size), torch.randn(size))
-
-
-def tables_of(batch: int, num_tokens: int, *, scattered: bool) -> list[tuple[int, ...]]:
-    per_sequence = -(-num_tokens // _BLOCK)
-    blocks = list(range(batch * per_sequence))
-    if scattered:
-        random.Random(1).shuffle(blocks)
-    return [tuple(blocks[i * per_sequence : (i + 1) * per_sequence]) for i in range(batch)]
-
-
-def measure(args: argparse.Namespace, model: Path, shape: ModelShape, *, scattered: bool) -> None:
-    num_tokens = args.context + args.rounds * args.steps + _WARM_UP_STEPS
-    tables = tables_of(args.batch, num_tokens, scattered=scattered)
-    decodings = {kind: Decoding(model, shape, kind, tables) for kind in args.types}
+def measure(args: argparse.Namespace, model: Path, *, scattered: bool) -> None:
+    num_tokens = args.batch * args.context
+    stages = {
+        kind: LoneStage(model, num_tokens, kv_dtype=kind, shuffled=scattered) for kind in args.types
+    }
+    steps = {kind: stage.decode([args.context] * args.batch) for kind, stage in stages.items()}
     times: dict[str, list[float]] = {kind: [] for kind in args.types}
-    for each in decodings.values():
-        for i in range(_WARM_UP_STEPS):
-            each.step_s(args.context + i)
-    for number in range(args.rounds):
-        begin = args.context + _WARM_UP_STEPS + number * args.steps
-        for kind, each in decodings.items():
-            times[kind] += [each.step_s(begin + i) for i in range(args.steps)]
-    for kind, each in decodings.items():
+    for step in steps.values():
+        for _ in range(_WARM_UP_STEPS):
+            step.take_s()
+    for _ in range(args.rounds):
+        for kind, step in steps.items():
+            times[kind] += [step.take_s() for _ in range(args.steps)]
+    for kind, stage in stages.items():
         median = statistics.median(times[kind])
+        kv_bytes_per_token = stage.executor.facts.kv_block_bytes / BLOCK_SIZE_TOKENS
         cells = [
             "scattered" if scattered else "side by side",
             kind,
-            f"{each.kv_bytes_per_token / 1024:.2f}",
+            f"{kv_bytes_per_token / 1024:.2f}",
             f"{1000 * median:.1f}",
             f"{args.batch / median:.1f}",
             f"{statistics.median(times[args.types[0]]) / median:.2f}",
@@ -158,7 +77,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         make(Path(directory), shape)
         for scattered in (False, True):
-            measure(args, Path(directory), shape, scattered=scattered)
+            measure(args, Path(directory), scattered=scattered)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.recovery.random_model import ModelShape
-from stage_worker.executor import ExecutorConfig, StageExecutor
+from benchmarks.stages import BLOCK_SIZE_TOKENS, PIPELINE, join, load
+from stage_worker.kv_cache import KvCache
 from stagemesh.model_spec import ModelSpec
 from stagemesh.plan import BlockUpdate, Epoch, Row, RowResult, SequenceState, Span, Step
 from stagemesh.quantization import parse_quantization
@@ -24,40 +25,32 @@ from stagemesh.sampling import SamplingSpec
 LLAMA_1B = ModelShape(
     num_layers=4, hidden_size=2048, intermediate_size=5632, num_heads=32, num_kv_heads=4
 )
-BLOCK_SIZE_TOKENS = 16
 GREEDY = SamplingSpec(temperature=0.0)
-_PIPELINE = "benchmark"
 
 
 class LoneStage:
     """`shuffled`: blocks of contexts lie anywhere, and not side by side."""
 
     def __init__(
-        self, model_dir: Path, num_tokens: int, quantization: str, *, shuffled: bool = False
+        self,
+        model_dir: Path,
+        num_tokens: int,
+        quantization: str = "auto",
+        *,
+        kv_dtype: str = "auto",
+        shuffled: bool = False,
     ) -> None:
         self.spec = ModelSpec.from_directory(model_dir)
         num_blocks = num_tokens // BLOCK_SIZE_TOKENS + 256
-        config = ExecutorConfig(
-            model_dir=model_dir,
-            span=Span(0, self.spec.num_layers),
-            device="cpu",
-            dtype="float32",
-            batch_invariant=False,
-            block_size_tokens=BLOCK_SIZE_TOKENS,
-            num_blocks=num_blocks,
+        self.executor = load(
+            model_dir,
+            Span(0, self.spec.num_layers),
+            num_blocks,
             quantization=parse_quantization(quantization),
+            kv_dtype=kv_dtype,
         )
-        self.executor = StageExecutor.load(config, lambda loaded, total: None)
-        with torch.inference_mode():
-            for pages in (*self.executor.cache.keys, *self.executor.cache.values):
-                pages.normal_()
-        self.executor.join(
-            pipeline_id=_PIPELINE,
-            stage=0,
-            num_stages=1,
-            blocks=self.executor.facts.blocks_for(num_blocks),
-            keep_kv=False,
-        )
+        _fill(self.executor.cache, self.spec)
+        join(self.executor)
         self._blocks = list(range(num_blocks))
         if shuffled:
             random.Random(0).shuffle(self._blocks)
@@ -90,7 +83,7 @@ class LoneStage:
 
     def execute(self, rows: Sequence[Row]) -> tuple[RowResult, ...]:
         self._num_steps += 1
-        step = Step(_PIPELINE, Epoch(1, 1), self._num_steps, tuple(rows))
+        step = Step(PIPELINE, Epoch(1, 1), self._num_steps, tuple(rows))
         return self.executor.execute(step, b"", "").rows
 
 
@@ -124,3 +117,13 @@ def _again(row: Row) -> Row:
         end_stage=row.end_stage,
         sample_positions=row.sample_positions,
     )
+
+
+@torch.inference_mode()
+def _fill(cache: KvCache, spec: ModelSpec) -> None:
+    """Random numbers, in whatever type the cache holds them."""
+    slots = torch.arange(cache.num_blocks * cache.block_size_tokens)
+    for layer in range(spec.num_layers):
+        for some in slots.split(1024):
+            size = (len(some), spec.num_kv_heads, spec.head_dim)
+            cache.write(layer, some, torch.randn(size), torch.randn(size))

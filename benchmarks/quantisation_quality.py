@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from stage_worker.executor import ExecutorConfig, StageExecutor
+from benchmarks.stages import BLOCK_SIZE_TOKENS, PIPELINE, join, load
 from stagemesh.model_spec import ModelSpec
 from stagemesh.plan import (
     BlockUpdate,
@@ -36,8 +36,6 @@ from stagemesh.quantization import parse_quantization
 from stagemesh.sampling import SamplingSpec
 
 _SAMPLING = SamplingSpec(temperature=0.0, num_prompt_logprobs=1)
-_PIPELINE = "quality"
-_BLOCK = 16
 _PROMPT_TOKENS, _NUM_GREEDY = 32, 64
 
 
@@ -59,18 +57,15 @@ class Model:
 
     def __init__(self, model_dir: Path, scheme: str, dtype: str, kv_dtype: str = "auto") -> None:
         spec = ModelSpec.from_directory(model_dir)
-        config = ExecutorConfig(
+        num_blocks = -(-spec.context_length // BLOCK_SIZE_TOKENS)
+        self.executor = load(
             model_dir,
             Span(0, spec.num_layers),
-            "cpu",
-            dtype,
-            batch_invariant=False,
-            block_size_tokens=_BLOCK,
-            num_blocks=-(-spec.context_length // _BLOCK),
+            num_blocks,
+            dtype=dtype,
             quantization=parse_quantization(scheme),
             kv_dtype=kv_dtype,
         )
-        self.executor = StageExecutor.load(config, lambda loaded_bytes, total_bytes: None)
         self._num_steps = 0
 
     def known(self, tokens: Sequence[int]) -> tuple[SampledToken, ...]:
@@ -107,7 +102,7 @@ class Model:
         sample: bool = False,
         logprob_positions: Sequence[int] = (),
     ) -> Row:
-        blocks = tuple(range(-(-total // _BLOCK)))
+        blocks = tuple(range(-(-total // BLOCK_SIZE_TOKENS)))
         return Row(
             sequence_id=1,
             run=0,
@@ -124,15 +119,8 @@ class Model:
 
     def _execute(self, row: Row, *, first: bool) -> tuple[RowResult, ...]:
         if first:
-            facts = self.executor.facts
-            self.executor.join(
-                pipeline_id=_PIPELINE,
-                stage=0,
-                num_stages=1,
-                blocks=facts.blocks_for(facts.num_blocks),
-                keep_kv=False,
-            )
-        step = Step(_PIPELINE, Epoch(1, 1), self._num_steps, (row,))
+            join(self.executor)
+        step = Step(PIPELINE, Epoch(1, 1), self._num_steps, (row,))
         self._num_steps += 1
         return self.executor.execute(step, b"", self.executor.dtype).rows
 

@@ -9,7 +9,6 @@ others are held against. With more stages there are more boundaries to lose some
 from __future__ import annotations
 
 import argparse
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,11 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from stage_worker.executor import ExecutorConfig, StageExecutor
-from stagemesh.model_spec import ModelSpec
-from stagemesh.plan import BlockUpdate, Epoch, Row, SampledToken, SequenceState, Span, Step
+from benchmarks.stages import BLOCK_SIZE_TOKENS, PIPELINE, load_pipeline
+from stagemesh.plan import BlockUpdate, Epoch, Row, SampledToken, SequenceState, Step
 from stagemesh.sampling import SamplingSpec
 
 TYPES = ("float32", "bfloat16", "int8")
-_BLOCK = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +33,12 @@ class Reading:
 
 
 def read(model: Path, num_stages: int, wire_dtype: str, pieces: Sequence[list[int]]) -> Reading:
-    stages = _stages(model, num_stages, wire_dtype, max(map(len, pieces)))
+    num_blocks = max(map(len, pieces)) // BLOCK_SIZE_TOKENS + 2
+    stages = load_pipeline(model, num_stages, num_blocks, wire_dtype=wire_dtype)
     found: list[SampledToken] = []
     num_bytes = 0
     for number, tokens in enumerate(pieces):
-        step = Step("p", Epoch(1, 1), number, (_row(number, tokens, num_stages),))
+        step = Step(PIPELINE, Epoch(1, 1), number, (_row(number, tokens, num_stages),))
         payload, dtype = memoryview(b""), ""
         for stage in stages:
             output = stage.execute(step, payload, dtype)
@@ -55,37 +53,9 @@ def read(model: Path, num_stages: int, wire_dtype: str, pieces: Sequence[list[in
     )
 
 
-def _stages(model: Path, num_stages: int, wire_dtype: str, max_tokens: int) -> list[StageExecutor]:
-    num_layers = ModelSpec.from_directory(model).num_layers
-    bounds = [num_layers * i // num_stages for i in range(num_stages + 1)]
-    num_blocks = max_tokens // _BLOCK + 2
-    stages = []
-    for stage, (start, end) in enumerate(itertools.pairwise(bounds)):
-        config = ExecutorConfig(
-            model_dir=model,
-            span=Span(start, end),
-            device="cpu",
-            dtype="float32",
-            batch_invariant=False,
-            block_size_tokens=_BLOCK,
-            num_blocks=num_blocks,
-            wire_dtype=wire_dtype,
-        )
-        executor = StageExecutor.load(config, lambda *_: None)
-        executor.join(
-            pipeline_id="p",
-            stage=stage,
-            num_stages=num_stages,
-            blocks=executor.facts.blocks_for(num_blocks),
-            keep_kv=False,
-        )
-        stages.append(executor)
-    return stages
-
-
 def _row(number: int, tokens: list[int], num_stages: int) -> Row:
     """One piece of text, all of whose tokens' log-probabilities are wanted."""
-    table = tuple(range(len(tokens) // _BLOCK + 1))
+    table = tuple(range(len(tokens) // BLOCK_SIZE_TOKENS + 1))
     sampling = SamplingSpec(num_prompt_logprobs=1)
     return Row(
         sequence_id=number,

@@ -18,20 +18,18 @@ from pathlib import Path
 
 import torch
 
-from stage_worker.executor import ExecutorConfig, StageExecutor
-from stagemesh.model_spec import ModelSpec
+from benchmarks.stages import BLOCK_SIZE_TOKENS, PIPELINE, load_pipeline
+from stage_worker.executor import StageExecutor
 from stagemesh.plan import (
     BlockUpdate,
     Epoch,
     Row,
     RowResult,
     SequenceState,
-    Span,
     Step,
 )
 from stagemesh.sampling import SamplingSpec
 
-_BLOCK = 16
 _PROMPT = 8
 _MAX_TOKENS = 2048
 
@@ -44,7 +42,7 @@ class Sequence:
 
     def row(self, num_stages: int) -> Row:
         is_first = self.num_computed == 0
-        num_blocks = _MAX_TOKENS // _BLOCK
+        num_blocks = _MAX_TOKENS // BLOCK_SIZE_TOKENS
         table = tuple(range(self.number * num_blocks, (self.number + 1) * num_blocks))
         state = SequenceState(self.tokens, (), SamplingSpec(temperature=0.0), _MAX_TOKENS)
         end = self.num_computed + len(self.tokens)
@@ -79,29 +77,11 @@ class Work:
 
 class Stages:
     def __init__(self, model: Path, num_stages: int, num_blocks: int) -> None:
-        num_layers = ModelSpec.from_directory(model).num_layers
-        bounds = [num_layers * i // num_stages for i in range(num_stages + 1)]
+        executors = load_pipeline(model, num_stages, num_blocks)
         self.done: queue.SimpleQueue[tuple[Work, tuple[RowResult, ...]]] = queue.SimpleQueue()
         self._queues: list[queue.SimpleQueue[Work | None]] = []
         self._threads: list[threading.Thread] = []
-        for stage in range(num_stages):
-            config = ExecutorConfig(
-                model_dir=model,
-                span=Span(bounds[stage], bounds[stage + 1]),
-                device="cpu",
-                dtype="float32",
-                batch_invariant=False,
-                block_size_tokens=_BLOCK,
-                num_blocks=num_blocks,
-            )
-            executor = StageExecutor.load(config, lambda *_: None)
-            executor.join(
-                pipeline_id="p",
-                stage=stage,
-                num_stages=num_stages,
-                blocks=executor.facts.blocks_for(num_blocks),
-                keep_kv=False,
-            )
+        for stage, executor in enumerate(executors):
             self._queues.append(queue.SimpleQueue())
             thread = threading.Thread(target=self._work, args=(stage, executor))
             self._threads.append(thread)
@@ -129,7 +109,7 @@ class Stages:
 
 def measure(model: Path, num_stages: int, batch: int, num_tokens: int, warm_up: int) -> float:
     """Tokens per second of all sequences together, from their `warm_up`th token on."""
-    stages = Stages(model, num_stages, batch * _MAX_TOKENS // _BLOCK)
+    stages = Stages(model, num_stages, batch * _MAX_TOKENS // BLOCK_SIZE_TOKENS)
     sequences = [Sequence(number) for number in range(batch)]
     groups = [group for i in range(num_stages) if (group := sequences[i::num_stages])]
     number = 0
@@ -137,7 +117,7 @@ def measure(model: Path, num_stages: int, batch: int, num_tokens: int, warm_up: 
     def send(group: list[Sequence]) -> None:
         nonlocal number
         rows = tuple(each.row(num_stages) for each in group)
-        stages.send(Work(group, Step("p", Epoch(1, 1), number, rows)))
+        stages.send(Work(group, Step(PIPELINE, Epoch(1, 1), number, rows)))
         number += 1
 
     for group in groups:

@@ -71,8 +71,8 @@ async def measure(ready: dict[str, Any], batch: int, num_tokens: int, warm_up: i
         grpc.aio.insecure_channel(ready["grpc"]) as front,
         grpc.aio.insecure_channel(ready["scheduler"]) as control,
     ):
-        generation = pb_grpc.TextGenerationStub(front)  # type: ignore[no-untyped-call]
-        scheduler = mesh_pb2_grpc.SchedulerStub(control)  # type: ignore[no-untyped-call]
+        generation = pb_grpc.TextGenerationStub(front)
+        scheduler = mesh_pb2_grpc.SchedulerStub(control)
         counts = [0] * batch
         streams = [
             asyncio.create_task(_stream(generation, number, num_tokens, counts))

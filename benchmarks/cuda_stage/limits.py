@@ -39,7 +39,7 @@ def measure_limits(device: torch.device) -> Limits:
 
 def _fastest_s(work: Callable[[], object]) -> float:
     """Of ten times, after warming up."""
-    times_s = []
+    times_s: list[float] = []
     for i in range(15):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

@@ -58,7 +58,7 @@ class EngineProcess(AbstractContextManager["EngineProcess"]):
             if line.startswith(ANSWER):
                 answer: Mapping[str, float] = json.loads(line.removeprefix(ANSWER))
                 return answer
-        raise EngineFailed(f"{self._process.args} ended with {self._process.wait()}")
+        raise EngineFailed(f"{self._process.args!r} ended with {self._process.wait()}")
 
     def __exit__(
         self,

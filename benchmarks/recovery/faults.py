@@ -139,7 +139,7 @@ async def drain(
     """The verb of `stagemesh drain`."""
     address = mesh.scheduler_at or mesh.scheduler.facts["address"]
     async with grpc.aio.insecure_channel(address) as channel:
-        stub = mesh_pb2_grpc.SchedulerStub(channel)  # type: ignore[no-untyped-call]
+        stub = mesh_pb2_grpc.SchedulerStub(channel)
         request = mesh_pb2.DrainWorkerRequest(worker_id=worker, to_worker_id=to, stay=stay)
         response: mesh_pb2.DrainWorkerResponse = await stub.DrainWorker(
             request, timeout=DRAIN_TIMEOUT_S, wait_for_ready=True

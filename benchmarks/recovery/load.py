@@ -187,7 +187,7 @@ class Load:
 
     async def __aenter__(self) -> Self:
         self._channel = grpc.aio.insecure_channel(self._target)
-        stub = pb_grpc.TextGenerationStub(self._channel)  # type: ignore[no-untyped-call]
+        stub = pb_grpc.TextGenerationStub(self._channel)
         self._tasks = [
             asyncio.create_task(self._run(stub, number)) for number in range(len(self.streams))
         ]

@@ -200,7 +200,7 @@ def is_idle(status: Status) -> bool:
 async def status_of(address: str) -> Status:
     """Over a connection of its own: one that failed would wait before it is dialled again."""
     async with grpc.aio.insecure_channel(address) as channel:
-        stub = mesh_pb2_grpc.SchedulerStub(channel)  # type: ignore[no-untyped-call]
+        stub = mesh_pb2_grpc.SchedulerStub(channel)
         response: Status = await stub.GetStatus(mesh_pb2.GetStatusRequest(), timeout=5.0)
         return response
 

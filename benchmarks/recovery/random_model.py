@@ -57,7 +57,8 @@ class ModelShape:
     @property
     def stored_bytes(self) -> int:
         """Of all matrices."""
-        return getattr(torch, self.stored).itemsize * self.num_parameters()
+        dtype: torch.dtype = getattr(torch, self.stored)
+        return dtype.itemsize * self.num_parameters()
 
     def num_parameters(self) -> int:
         return sum(rows * columns for rows, columns in _matrices(self).values())
@@ -68,7 +69,7 @@ def make(out: Path, shape: ModelShape, seed: int = 0) -> None:
     out.mkdir(parents=True, exist_ok=True)
     shards = _planned_shards(shape)
     generator = torch.Generator().manual_seed(seed)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, sizes in enumerate(shards):
         name = "model.safetensors"
         if len(shards) > 1:

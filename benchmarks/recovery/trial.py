@@ -216,7 +216,7 @@ class Watch:
         return self._noticed_s
 
     async def run(self, channel: grpc.aio.Channel) -> None:
-        stub = mesh_pb2_grpc.SchedulerStub(channel)  # type: ignore[no-untyped-call]
+        stub = mesh_pb2_grpc.SchedulerStub(channel)
         while self._noticed_s is None:
             status: Status = await stub.GetStatus(mesh_pb2.GetStatusRequest())
             now_s = time.monotonic()

@@ -19,7 +19,7 @@ class Lengths:
     longest: int = 8192
 
     def draw(self, chance: random.Random) -> int:
-        drawn = self.median * self.spread ** chance.gauss(0.0, 1.0)
+        drawn: float = self.median * self.spread ** chance.gauss(0.0, 1.0)
         return max(1, min(self.longest, round(drawn)))
 
 
