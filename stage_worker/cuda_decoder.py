@@ -20,6 +20,7 @@ from stage_worker.cuda_attention import CudaAttention, Scratch
 from stage_worker.cuda_batch import CudaBatch, CudaBatchBuilder
 from stage_worker.cuda_graphs import GRAPH_SIZES, MAX_TABLE_ENTRIES, DecodeGraphs
 from stage_worker.cuda_layout import DeviceBatch, Layout
+from stage_worker.experts import DenseMlp
 from stage_worker.kv_cache import PlainKvCache
 from stage_worker.linear import Linear, PlainLinear
 from stage_worker.rope import angles
@@ -144,13 +145,14 @@ class CudaDecoder:
             normed = add_norm(hidden, delta, layer.input_norm, eps)
         delta = layer.output(self._attend(layer.qkv(normed), i, layer, step))
         normed = add_norm(hidden, delta, layer.post_attention_norm, eps)
-        return layer.down(gate(layer.gate_up(normed)))
+        mlp = _dense(layer)
+        return mlp.down(gate(mlp.gate_up(normed)))
 
     def _lone_layer(self, hidden: Tensor, i: int, layer: LayerWeights, step: _Pass) -> None:
         """hidden: [1, E], in place."""
         eps, early = self._spec.rms_norm_eps, self._early
         qkv, output, gate_up, down = (
-            _plain(x) for x in (layer.qkv, layer.output, layer.gate_up, layer.down)
+            _plain(x) for x in (layer.qkv, layer.output, _dense(layer).gate_up, _dense(layer).down)
         )
         heads = hidden.new_empty(1, len(qkv.weight))
         matvec(
@@ -199,6 +201,12 @@ class _Pass:
         self.scratch = scratch
 
 
+def _dense(layer: LayerWeights) -> DenseMlp:
+    """`load_stage` has refused mixtures of experts on this device."""
+    assert isinstance(layer.mlp, DenseMlp)
+    return layer.mlp
+
+
 def _plain(linear: Linear) -> PlainLinear:
     assert isinstance(linear, PlainLinear)
     return linear
@@ -206,7 +214,7 @@ def _plain(linear: Linear) -> PlainLinear:
 
 def _is_plain(layer: LayerWeights) -> bool:
     """Whether the kernel for a lone token has all that the layer's products have."""
-    unbiased = (layer.output, layer.gate_up, layer.down)
+    unbiased = (layer.output, _dense(layer).gate_up, _dense(layer).down)
     return isinstance(layer.qkv, PlainLinear) and all(
         isinstance(x, PlainLinear) and x.bias is None for x in unbiased
     )

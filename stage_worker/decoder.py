@@ -84,8 +84,7 @@ class Decoder:
             normed = self._norm(hidden, layer.input_norm)
             hidden += self._attention(normed, i, layer, batch)
             normed = self._norm(hidden, layer.post_attention_norm)
-            gate, up = layer.gate_up(normed).chunk(2, dim=-1)
-            hidden += layer.down(self._kernels.silu(gate).mul_(up))
+            hidden += layer.mlp(normed, self._kernels.silu)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -6,16 +6,31 @@ a model with tied embeddings consists of the embedding's tensor. Knows nothing o
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from stagemesh.errors import SpanError
 from stagemesh.model_spec import ModelSpec
+from stagemesh.moe_spec import MoeSpec
 from stagemesh.plan import Span
 from stagemesh.stored_format import StoredWeights
 
 Shape = tuple[int, ...]
 
+
+class MlpNames(NamedTuple):
+    """Of the three matrices of a feed-forward part."""
+
+    gate: str
+    up: str
+    down: str
+
+
+DENSE = MlpNames("gate_proj", "up_proj", "down_proj")
+
 EMBEDDING = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
+_MATRICES = ("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")
 
 
 def all_parts(spec: ModelSpec) -> list[str]:
@@ -48,8 +63,12 @@ def part_tensors(spec: ModelSpec, part: str) -> dict[str, Shape]:
 
 def stored_way(spec: ModelSpec, name: str) -> StoredWeights | None:
     """How files hold a weight; None where it is a tensor of floats."""
-    is_linear = name.endswith("_proj.weight") or name == HEAD
-    return spec.stored.of_weight(name) if spec.stored and is_linear else None
+    return spec.stored.of_weight(name) if spec.stored and is_quantisable(name) else None
+
+
+def is_quantisable(name: str) -> bool:
+    """Matrices but for the embedding, and for what chooses experts or weighs them."""
+    return name.endswith(_MATRICES) or name == HEAD
 
 
 def part_weights(spec: ModelSpec, part: str) -> dict[str, Shape]:
@@ -69,7 +88,7 @@ def head_name(spec: ModelSpec) -> str:
 
 def layer_tensors(spec: ModelSpec, layer: int) -> dict[str, Shape]:
     """Names and shapes of one decoder layer's weights."""
-    hidden, inner = spec.hidden_size, spec.intermediate_size
+    hidden = spec.hidden_size
     query_size = spec.num_heads * spec.head_dim
     kv_size = spec.num_kv_heads * spec.head_dim
     linears = {
@@ -77,9 +96,6 @@ def layer_tensors(spec: ModelSpec, layer: int) -> dict[str, Shape]:
         "self_attn.k_proj": (kv_size, hidden, spec.qkv_bias),
         "self_attn.v_proj": (kv_size, hidden, spec.qkv_bias),
         "self_attn.o_proj": (hidden, query_size, spec.output_bias),
-        "mlp.gate_proj": (inner, hidden, spec.mlp_bias),
-        "mlp.up_proj": (inner, hidden, spec.mlp_bias),
-        "mlp.down_proj": (hidden, inner, spec.mlp_bias),
     }
     shapes: dict[str, Shape] = {
         "input_layernorm.weight": (hidden,),
@@ -87,11 +103,53 @@ def layer_tensors(spec: ModelSpec, layer: int) -> dict[str, Shape]:
     }
     if spec.qk_norm:
         shapes["self_attn.q_norm.weight"] = shapes["self_attn.k_norm.weight"] = (spec.head_dim,)
+    if is_sparse(spec, layer):
+        assert spec.moe is not None
+        shapes |= _sparse_tensors(spec, spec.moe)
+    else:
+        linears |= _mlp("mlp", DENSE, hidden, spec.intermediate_size, spec.mlp_bias)
     for name, (num_out, num_in, bias) in linears.items():
         shapes[f"{name}.weight"] = (num_out, num_in)
         if bias:
             shapes[f"{name}.bias"] = (num_out,)
     return {f"model.layers.{layer}.{name}": shape for name, shape in shapes.items()}
+
+
+def is_sparse(spec: ModelSpec, layer: int) -> bool:
+    """Whether the layer has a mixture of experts."""
+    return spec.moe is not None and spec.moe.sparse[layer]
+
+
+def moe_names(spec: ModelSpec) -> tuple[str, MlpNames]:
+    """Of the module of a layer that holds the experts, and of an expert's matrices."""
+    if spec.family == "mixtral":
+        return "block_sparse_moe", MlpNames("w1", "w3", "w2")
+    return "mlp", DENSE
+
+
+def _mlp(
+    module: str, names: MlpNames, hidden: int, inner: int, bias: bool
+) -> dict[str, tuple[int, int, bool]]:
+    """(outputs, inputs, whether it has a bias) of each matrix."""
+    return {
+        f"{module}.{names.gate}": (inner, hidden, bias),
+        f"{module}.{names.up}": (inner, hidden, bias),
+        f"{module}.{names.down}": (hidden, inner, bias),
+    }
+
+
+def _sparse_tensors(spec: ModelSpec, moe: MoeSpec) -> dict[str, Shape]:
+    module, names = moe_names(spec)
+    hidden = spec.hidden_size
+    shapes: dict[str, Shape] = {f"{module}.gate.weight": (moe.num_experts, hidden)}
+    matrices: dict[str, tuple[int, int, bool]] = {}
+    for expert in range(moe.num_experts):
+        inner = moe.intermediate_size
+        matrices |= _mlp(f"{module}.experts.{expert}", names, hidden, inner, False)
+    if moe.shared_size:
+        matrices |= _mlp(f"{module}.shared_expert", names, hidden, moe.shared_size, False)
+        shapes[f"{module}.shared_expert_gate.weight"] = (1, hidden)
+    return shapes | {f"{name}.weight": size[:2] for name, size in matrices.items()}
 
 
 def stored_tensors(name: str, shape: Shape, way: StoredWeights) -> dict[str, Shape]:

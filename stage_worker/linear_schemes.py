@@ -88,7 +88,8 @@ def _if_available(name: str) -> str:
     return name if _SCHEMES[name].is_available() else NONE
 
 
-def _make_float(source: LinearSource, numerics: Numerics) -> Linear:
+def make_float(source: LinearSource, numerics: Numerics) -> Linear:
+    """As many bits a weight as are computed with."""
     kind: type[PlainLinear] = PlainLinear
     if numerics.is_cpu_float32 and linear_onednn.is_available():
         capability = torch.backends.cpu.get_cpu_capability()
@@ -100,7 +101,7 @@ def _make_float(source: LinearSource, numerics: Numerics) -> Linear:
 
 
 def _make_half(source: LinearSource, numerics: Numerics) -> Linear:
-    return HalfLinear.make(source) or _make_float(source, numerics)
+    return HalfLinear.make(source) or make_float(source, numerics)
 
 
 def _int4(group_size: int) -> Scheme:
@@ -113,7 +114,7 @@ def _int4(group_size: int) -> Scheme:
 
 _SCHEMES: dict[str, Scheme] = {
     NONE: Scheme(
-        _make_float, lambda outputs, inputs, numerics: outputs * inputs * numerics.dtype.itemsize
+        make_float, lambda outputs, inputs, numerics: outputs * inputs * numerics.dtype.itemsize
     ),
     _HALF: Scheme(_make_half, lambda outputs, inputs, _: outputs * inputs * 2, fbgemm.is_available),
     INT8: Scheme(

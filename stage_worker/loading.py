@@ -30,7 +30,7 @@ from stage_worker.packed_kv_cache import PackedKvCache
 from stage_worker.payload import resolve_wire_dtype
 from stage_worker.thread_counts import ThreadCounts
 from stage_worker.weights import WeightLoader
-from stagemesh.errors import ConfigError, OutOfMemory
+from stagemesh.errors import ConfigError, OutOfMemory, UnsupportedModel
 from stagemesh.model_spec import ModelSpec
 from stagemesh.plan import Span
 from stagemesh.quantization import AS_STORED, Quantization
@@ -119,6 +119,10 @@ def load_stage(config: ExecutorConfig, on_progress: Callable[[int, int], None]) 
         raise ConfigError(f"block_size must be at least 1, not {config.block_size_tokens}")
     spec = ModelSpec.from_directory(config.model_dir)
     device = _device(config.device)
+    if spec.moe is not None and device.type != "cpu":
+        raise UnsupportedModel(
+            f"{spec.architecture}: mixtures of experts need device cpu, not {config.device}"
+        )
     dtype_name = resolve_dtype(config.dtype, spec, device)
     dtype = TORCH_DTYPES[dtype_name]
     kv_dtype = resolve_kv_dtype(config.kv_dtype, dtype_name, config.device)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stage_worker.checkpoint import INDEX, Checkpoint
-from stage_worker.layout import EMBEDDING, HEAD, all_parts, part_weights
+from stage_worker.layout import EMBEDDING, HEAD, all_parts, is_quantisable, part_weights
 from stage_worker.linear import rows_per_piece
 from stage_worker.quantise import to_int4, to_int8
 from stagemesh.errors import CheckpointError, ConfigError
@@ -79,7 +79,7 @@ class _Writer:
         tensors: dict[str, Tensor] = {}
         for name, shape in part_weights(self._spec, part).items():
             view = self._files.view(name, shape)
-            if scheme == NONE or len(shape) == 1:
+            if scheme == NONE or not (is_quantisable(name) or name == EMBEDDING):
                 tensors[name] = view
             else:
                 module = (HEAD if name == EMBEDDING else name).removesuffix("weight")
@@ -126,7 +126,7 @@ def _config(spec: ModelSpec, quantization: Quantization) -> dict[str, Any]:
     for i, part in enumerate(parts):
         layers.setdefault(quantization.of_part(part), []).append(i)
     targets = {
-        scheme: [f"re:model\\.layers\\.({'|'.join(map(str, numbers))})\\..*_proj"]
+        scheme: [f"re:model\\.layers\\.({'|'.join(map(str, numbers))})\\..*(_proj|\\.w[123])"]
         for scheme, numbers in layers.items()
     }
     targets.setdefault(quantization.head, []).append("lm_head")

@@ -13,17 +13,23 @@ import torch
 from torch import Tensor
 
 from stage_worker.checkpoint import Checkpoint
+from stage_worker.experts import DenseMlp, Router, SharedExpert, SparseMlp
 from stage_worker.layout import (
+    DENSE,
     EMBEDDING,
     NORM,
+    MlpNames,
     all_parts,
     head_name,
+    is_quantisable,
+    is_sparse,
+    moe_names,
     part_weights,
     span_parts,
     stored_way,
 )
 from stage_worker.linear import Linear, LinearSource, PlainLinear
-from stage_worker.linear_schemes import Numerics, choose_scheme
+from stage_worker.linear_schemes import Numerics, choose_scheme, make_float
 from stage_worker.stored_weights import open_codes
 from stage_worker.weight_source import FloatSource, WeightSource
 from stagemesh.model_spec import ModelSpec
@@ -38,8 +44,7 @@ class LayerWeights:
     key_norm: Tensor | None
     output: Linear
     post_attention_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    mlp: DenseMlp | SparseMlp
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +84,7 @@ class WeightLoader:
         UnsupportedModel, ConfigError.
         """
         shapes = part_weights(self._spec, part)
-        linears = [name for name, shape in shapes.items() if len(shape) == 2]
+        linears = [name for name in shapes if is_quantisable(name) or name == head_name(self._spec)]
         others = [self._view(name) for name in shapes if name not in linears]
         num_bytes = self._numerics.dtype.itemsize * sum(view.numel() for view in others)
         if part == "embedding":
@@ -118,7 +123,7 @@ class WeightLoader:
     def _layer(self, layer: int) -> LayerWeights:
         part = f"layer.{layer}"
         prefix = f"model.layers.{layer}."
-        attention, mlp = prefix + "self_attn.", prefix + "mlp."
+        attention = prefix + "self_attn."
         qk_norm = self._spec.qk_norm
         return LayerWeights(
             input_norm=self._vector(prefix + "input_layernorm.weight"),
@@ -127,9 +132,31 @@ class WeightLoader:
             key_norm=self._vector(attention + "k_norm.weight") if qk_norm else None,
             output=self._linear(part, attention + "o_proj.weight"),
             post_attention_norm=self._vector(prefix + "post_attention_layernorm.weight"),
-            gate_up=self._linear(part, mlp + "gate_proj.weight", mlp + "up_proj.weight"),
-            down=self._linear(part, mlp + "down_proj.weight"),
+            mlp=self._feed_forward(part, layer),
         )
+
+    def _feed_forward(self, part: str, layer: int) -> DenseMlp | SparseMlp:
+        prefix = f"model.layers.{layer}."
+        if not is_sparse(self._spec, layer):
+            return self._mlp(part, prefix + "mlp", DENSE)
+        moe = self._spec.moe
+        assert moe is not None
+        module, names = moe_names(self._spec)
+        module = prefix + module
+        shared = None
+        if moe.shared_size:
+            gate = self._plain(f"{module}.shared_expert_gate.weight")
+            shared = SharedExpert(self._mlp(part, f"{module}.shared_expert", names), gate)
+        scores = self._plain(f"{module}.gate.weight")
+        return SparseMlp(
+            Router(scores, moe.num_chosen, moe.renormalised),
+            [self._mlp(part, f"{module}.experts.{i}", names) for i in range(moe.num_experts)],
+            shared,
+        )
+
+    def _mlp(self, part: str, module: str, names: MlpNames) -> DenseMlp:
+        gate, up, down = (f"{module}.{name}.weight" for name in names)
+        return DenseMlp(self._linear(part, gate, up), self._linear(part, down))
 
     def _linear(self, part: str, *names: str) -> Linear:
         biases = [name.removesuffix("weight") + "bias" for name in names]
@@ -139,6 +166,11 @@ class WeightLoader:
             self._on_bytes,
         )
         return choose_scheme(part, source.weights, self._numerics).make(source, self._numerics)
+
+    def _plain(self, name: str) -> Linear:
+        """A matrix that is never quantised."""
+        source = LinearSource([self._source(name)], [], self._on_bytes)
+        return make_float(source, self._numerics)
 
     def _embedding(self) -> Tensor:
         source = LinearSource([self._source(EMBEDDING)], [], self._on_bytes)

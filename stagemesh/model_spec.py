@@ -1,7 +1,8 @@
 """What a model is: the meaning of its config.json, for one decoder with flags.
 
-Covers the families Llama, Mistral, Qwen2 and Qwen3. What would change the numbers and is not
-understood is an UnsupportedModel that names the key. Knows neither tensors nor files of weights.
+Covers the families Llama, Mistral, Qwen2 and Qwen3, and their mixtures of experts. What would
+change the numbers and is not understood is an UnsupportedModel that names the key. Knows neither
+tensors nor files of weights.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stagemesh.errors import CheckpointError, UnsupportedModel
+from stagemesh.moe_spec import MOE_FAMILIES, MoeSpec, parse_moe
 from stagemesh.rope_spec import RopeSpec, parse_rope
 from stagemesh.stored_format import StoredFormat, parse_stored_format
 
@@ -22,6 +24,9 @@ _FAMILIES = {
     "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "MixtralForCausalLM": "mixtral",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
 }
 # Keys of neighbouring families that change the numbers, and the values at which they do not.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -34,10 +39,14 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logits_scaling": (None, 1, 1.0),
     "no_rope_layers": (None, []),
     "attention_chunk_size": (None,),
-    "num_local_experts": (None, 0, 1),
-    "num_experts": (None, 0),
     "add_cross_attention": (None, False),
     "is_encoder_decoder": (None, False),
+}
+# Families with one window for all layers, and what it is where the config does not say.
+_ONE_WINDOW = {"mistral": 4096, "mixtral": None}
+_WITHOUT_EXPERTS: dict[str, tuple[Any, ...]] = {
+    "num_local_experts": (None, 0, 1),
+    "num_experts": (None, 0),
 }
 
 
@@ -47,8 +56,8 @@ class ModelSpec:
 
     `layer_windows[i]` is the sliding window of layer i in tokens, the query's own included;
     None for the whole context. `context_length` is the longest sequence that the model is meant
-    for. `dtype` is that of the files, as the config has it; `stored` is how they hold weights that
-    are quantised, None where none are.
+    for. `moe` is None where no layer has experts. `dtype` is that of the files, as the config has
+    it; `stored` is how they hold weights that are quantised, None where none are.
     """
 
     architecture: str
@@ -68,6 +77,7 @@ class ModelSpec:
     output_bias: bool
     mlp_bias: bool
     qk_norm: bool
+    moe: MoeSpec | None
     tie_embeddings: bool
     dtype: str
     stored: StoredFormat | None
@@ -111,7 +121,6 @@ def parse_config(config: Mapping[str, Any], generation: Mapping[str, Any]) -> Mo
     num_heads = _integer(config, "num_attention_heads")
     hidden_size = _integer(config, "hidden_size")
     max_position = _integer(config, "max_position_embeddings")
-    attention_bias = bool(config.get("attention_bias", False))
     spec = ModelSpec(
         architecture=architecture,
         family=family,
@@ -128,10 +137,11 @@ def parse_config(config: Mapping[str, Any], generation: Mapping[str, Any]) -> Mo
         rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         rope=parse_rope(config, max_position),
         layer_windows=_layer_windows(config, family, num_layers),
-        qkv_bias=family == "qwen2" or (attention_bias and family in ("llama", "qwen3")),
-        output_bias=attention_bias and family in ("llama", "qwen3"),
+        qkv_bias=_has_qkv_bias(config, family),
+        output_bias=_has_attention_bias(config, family),
         mlp_bias=family == "llama" and bool(config.get("mlp_bias", False)),
-        qk_norm=family == "qwen3",
+        qk_norm=family in ("qwen3", "qwen3_moe"),
+        moe=parse_moe(config, family, num_layers),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
         dtype=_dtype(config),
         stored=parse_stored_format(config),
@@ -160,9 +170,20 @@ def _refuse_unsupported(config: Mapping[str, Any], family: str) -> None:
     for key in ("hidden_act", "hidden_activation"):
         if config.get(key, "silu") not in ("silu", "swish", None):
             raise UnsupportedModel(f"{key} {config[key]!r} is not supported (known: silu)")
-    for key, neutral in _NEUTRAL.items():
+    keys = _NEUTRAL if family in MOE_FAMILIES else {**_NEUTRAL, **_WITHOUT_EXPERTS}
+    for key, neutral in keys.items():
         if config.get(key) not in neutral:
             raise UnsupportedModel(f"{key} {config[key]!r} is not supported in {family} models")
+
+
+def _has_attention_bias(config: Mapping[str, Any], family: str) -> bool:
+    return bool(config.get("attention_bias")) and family in ("llama", "qwen3", "qwen3_moe")
+
+
+def _has_qkv_bias(config: Mapping[str, Any], family: str) -> bool:
+    if family == "qwen2_moe":
+        return bool(config.get("qkv_bias", True))
+    return family == "qwen2" or _has_attention_bias(config, family)
 
 
 def _layer_windows(
@@ -173,7 +194,7 @@ def _layer_windows(
         return (None,) * num_layers
     window = _integer(config, "sliding_window", 4096) if _has_window(config, family) else None
     types = config.get("layer_types")
-    if family == "mistral" or window is None:
+    if family in _ONE_WINDOW or window is None:
         uniform = ["sliding_attention" if window else "full_attention"] * num_layers
         if types is not None and types != uniform:
             raise UnsupportedModel("layer_types: layers of both kinds are not supported here")
@@ -187,8 +208,8 @@ def _layer_windows(
 
 
 def _has_window(config: Mapping[str, Any], family: str) -> bool:
-    if family == "mistral":
-        return config.get("sliding_window", 4096) is not None
+    if family in _ONE_WINDOW:
+        return config.get("sliding_window", _ONE_WINDOW[family]) is not None
     return bool(config.get("use_sliding_window")) and config.get("sliding_window", 1) is not None
 
 

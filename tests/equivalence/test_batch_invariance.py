@@ -20,6 +20,16 @@ MODELS = [
     TinyModel("odd-mistral", "MistralConfig", {**ODD, "sliding_window": 70}),
     TinyModel("qwen3-dynamic", "Qwen3Config", {"head_dim": 16, **rope("dynamic", factor=2.0)}),
     TinyModel("tied", "LlamaConfig", {"tie_word_embeddings": True}),
+    TinyModel(
+        "experts",
+        "Qwen2MoeConfig",
+        {
+            "num_experts": 7,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 20,
+            "shared_expert_intermediate_size": 12,
+        },
+    ),
 ]
 
 

@@ -1,0 +1,97 @@
+"""Feed-forward parts of a layer: one for all tokens, or a mixture of experts.
+
+    T tokens, E hidden size, N experts, K experts that a token is given to
+
+A token's experts are chosen by a router; the tokens of an expert are one matrix product, however
+few or many they are. What a token comes to does not depend on the tokens beside it, but for what
+the linear layers themselves make of the number of rows: its experts' outputs are summed in the
+experts' order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stage_worker.linear import Linear
+
+Activation = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class DenseMlp:
+    """down(act(gate(x)) * up(x)), with gate and up as one matrix."""
+
+    gate_up: Linear
+    down: Linear
+
+    def __call__(self, x: Tensor, activation: Activation) -> Tensor:
+        """[T, E] -> [T, E]"""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(activation(gate).mul_(up))
+
+
+@dataclass(frozen=True, slots=True)
+class SharedExpert:
+    """Takes every token; `gate` [T, E] -> [T, 1] says how much of it counts."""
+
+    mlp: DenseMlp
+    gate: Linear
+
+    def __call__(self, x: Tensor, activation: Activation) -> Tensor:
+        """[T, E] -> [T, E]"""
+        # Not torch.sigmoid, whose bits depend on where in a tensor an element lies.
+        return self.mlp(x, activation).div_(1.0 + torch.exp(-self.gate(x)))
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """`scores` [T, E] -> [T, N]. `renormalised`: the weights of a token sum up to one."""
+
+    scores: Linear
+    num_chosen: int
+    renormalised: bool
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, E] -> the experts of each token, [T, K], and their weights, [T, K] float32."""
+        likelihoods = torch.softmax(self.scores(x), dim=-1, dtype=torch.float32)
+        weights, chosen = likelihoods.topk(self.num_chosen, dim=-1)
+        if self.renormalised:
+            weights /= weights.sum(dim=-1, keepdim=True)
+        return chosen, weights
+
+
+class SparseMlp:
+    """A mixture of experts; `tokens_routed` [N] counts the tokens that each was given."""
+
+    def __init__(
+        self, router: Router, experts: Sequence[DenseMlp], shared: SharedExpert | None
+    ) -> None:
+        self._router = router
+        self._experts = experts
+        self._shared = shared
+        self.tokens_routed = torch.zeros(len(experts), dtype=torch.int64)
+
+    def __call__(self, x: Tensor, activation: Activation) -> Tensor:
+        """[T, E] -> [T, E]"""
+        chosen, weights = self._router(x)
+        output = torch.zeros_like(x)
+        for expert, tokens, shares in self._groups(chosen, weights.to(x.dtype)):
+            part = self._experts[expert](x[tokens], activation)
+            output.index_add_(0, tokens, part.mul_(shares))
+        return output if self._shared is None else output.add_(self._shared(x, activation))
+
+    def _groups(self, chosen: Tensor, weights: Tensor) -> list[tuple[int, Tensor, Tensor]]:
+        """(expert, its tokens [n], their weights [n, 1]) of every expert that has any, in order."""
+        order = chosen.flatten().argsort(stable=True)
+        counts = torch.bincount(chosen.flatten(), minlength=len(self._experts))
+        self.tokens_routed += counts
+        sizes = counts.tolist()
+        tokens = torch.split(order // chosen.shape[1], sizes)
+        shares = torch.split(weights.flatten()[order].unsqueeze(1), sizes)
+        return [
+            (expert, tokens[expert], shares[expert]) for expert, size in enumerate(sizes) if size
+        ]
