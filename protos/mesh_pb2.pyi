@@ -162,7 +162,7 @@ class WorkerHeartbeat(_message.Message):
     def __init__(self, stats: _Optional[_Union[WorkerStats, _Mapping]] = ...) -> None: ...
 
 class WorkerStats(_message.Message):
-    __slots__ = ("rss_anon_bytes", "steps_executed", "rows_executed", "tokens_executed", "compute_ns", "idle_ns", "steps_queued", "bytes_sent", "messages_sent", "sequences_held", "available_memory_bytes", "blocks_received", "busy_ns", "output_wait_ns", "serialise_ns", "input_wait_ns")
+    __slots__ = ("rss_anon_bytes", "steps_executed", "rows_executed", "tokens_executed", "compute_ns", "idle_ns", "steps_queued", "bytes_sent", "messages_sent", "sequences_held", "available_memory_bytes", "blocks_received", "busy_ns", "output_wait_ns", "serialise_ns", "input_wait_ns", "routing")
     RSS_ANON_BYTES_FIELD_NUMBER: _ClassVar[int]
     STEPS_EXECUTED_FIELD_NUMBER: _ClassVar[int]
     ROWS_EXECUTED_FIELD_NUMBER: _ClassVar[int]
@@ -179,6 +179,7 @@ class WorkerStats(_message.Message):
     OUTPUT_WAIT_NS_FIELD_NUMBER: _ClassVar[int]
     SERIALISE_NS_FIELD_NUMBER: _ClassVar[int]
     INPUT_WAIT_NS_FIELD_NUMBER: _ClassVar[int]
+    ROUTING_FIELD_NUMBER: _ClassVar[int]
     rss_anon_bytes: int
     steps_executed: int
     rows_executed: int
@@ -195,7 +196,16 @@ class WorkerStats(_message.Message):
     output_wait_ns: int
     serialise_ns: int
     input_wait_ns: int
-    def __init__(self, rss_anon_bytes: _Optional[int] = ..., steps_executed: _Optional[int] = ..., rows_executed: _Optional[int] = ..., tokens_executed: _Optional[int] = ..., compute_ns: _Optional[int] = ..., idle_ns: _Optional[int] = ..., steps_queued: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., messages_sent: _Optional[int] = ..., sequences_held: _Optional[int] = ..., available_memory_bytes: _Optional[int] = ..., blocks_received: _Optional[int] = ..., busy_ns: _Optional[int] = ..., output_wait_ns: _Optional[int] = ..., serialise_ns: _Optional[int] = ..., input_wait_ns: _Optional[int] = ...) -> None: ...
+    routing: _containers.RepeatedCompositeFieldContainer[LayerRouting]
+    def __init__(self, rss_anon_bytes: _Optional[int] = ..., steps_executed: _Optional[int] = ..., rows_executed: _Optional[int] = ..., tokens_executed: _Optional[int] = ..., compute_ns: _Optional[int] = ..., idle_ns: _Optional[int] = ..., steps_queued: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., messages_sent: _Optional[int] = ..., sequences_held: _Optional[int] = ..., available_memory_bytes: _Optional[int] = ..., blocks_received: _Optional[int] = ..., busy_ns: _Optional[int] = ..., output_wait_ns: _Optional[int] = ..., serialise_ns: _Optional[int] = ..., input_wait_ns: _Optional[int] = ..., routing: _Optional[_Iterable[_Union[LayerRouting, _Mapping]]] = ...) -> None: ...
+
+class LayerRouting(_message.Message):
+    __slots__ = ("layer", "tokens")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, layer: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class LoadProgress(_message.Message):
     __slots__ = ("span", "loaded_bytes", "total_bytes")

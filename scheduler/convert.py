@@ -21,7 +21,8 @@ from scheduler.workers import WorkerStats
 from stagemesh import wire
 from stagemesh.errors import ProtocolError
 
-_STATS_FIELDS = tuple(field.name for field in fields(WorkerStats))
+# All but `routing`, which is a message of its own.
+_STATS_FIELDS = tuple(field.name for field in fields(WorkerStats) if field.name != "routing")
 
 
 def check_protocol(version: int) -> None:
@@ -76,11 +77,14 @@ def loaded_from_proto(message: mesh_pb2.SpanLoaded) -> LoadedSpan:
 
 
 def stats_from_proto(message: mesh_pb2.WorkerStats) -> WorkerStats:
-    return WorkerStats(**{name: getattr(message, name) for name in _STATS_FIELDS})
+    routing = tuple((layer.layer, tuple(layer.tokens)) for layer in message.routing)
+    return WorkerStats(**{name: getattr(message, name) for name in _STATS_FIELDS}, routing=routing)
 
 
 def stats_to_proto(stats: WorkerStats) -> mesh_pb2.WorkerStats:
-    return mesh_pb2.WorkerStats(**{name: getattr(stats, name) for name in _STATS_FIELDS})
+    routing = [mesh_pb2.LayerRouting(layer=i, tokens=tokens) for i, tokens in stats.routing]
+    numbers = {name: getattr(stats, name) for name in _STATS_FIELDS}
+    return mesh_pb2.WorkerStats(**numbers, routing=routing)
 
 
 def command_to_proto(command: Command) -> mesh_pb2.WorkerCommand:

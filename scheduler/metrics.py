@@ -82,6 +82,7 @@ class _StatusCollector(Collector):
         yield from _of_pipelines(self._status)
         yield from _of_stages(self._status)
         yield from _of_workers(self._status)
+        yield _of_experts(self._status)
 
 
 def _of_scheduler(status: Status) -> Iterator[Metric]:
@@ -147,3 +148,16 @@ def _of_workers(status: Status) -> Iterator[Metric]:
         for worker in status.workers:
             gauge.add_metric([worker.worker_id], getattr(worker.stats, field))
         yield gauge
+
+
+def _of_experts(status: Status) -> Metric:
+    counter = CounterMetricFamily(
+        "stagemesh_expert_tokens",
+        "Tokens that the layer's router gave to the expert.",
+        labels=["worker", "layer", "expert"],
+    )
+    for worker in status.workers:
+        for layer in worker.stats.routing:
+            for expert, tokens in enumerate(layer.tokens):
+                counter.add_metric([worker.worker_id, str(layer.layer), str(expert)], tokens)
+    return counter

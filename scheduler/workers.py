@@ -54,6 +54,8 @@ class WorkerStats:
     output_wait_ns: int = 0
     serialise_ns: int = 0
     input_wait_ns: int = 0
+    # (layer, tokens given to each expert)
+    routing: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
 
 @dataclass(slots=True)

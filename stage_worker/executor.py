@@ -86,6 +86,7 @@ class StageExecutor:
         self._dtype, self._device = loaded.cache.dtype, loaded.cache.device
         self.wire_dtype = loaded.wire_dtype  # of hidden states that come and go
         self._threads = loaded.threads
+        self._routed = loaded.routed
         self._sampler = RowSampler(self._decoder.logits, self._decoder.greedy)
         # By whether its blocks are those from the end. Replaced, never changed: `num_sequences` is
         # asked by the event loop.
@@ -97,6 +98,8 @@ class StageExecutor:
         """A stage as `stage_worker.loading.load_stage` loads it, with its errors; warmed up."""
         executor = cls(load_stage(config, on_progress))
         warm_up(executor, config.span)
+        for counts in executor._routed.values():
+            counts.zero_()
         return executor
 
     @property
@@ -108,6 +111,10 @@ class StageExecutor:
     def num_sequences(self) -> int:
         """Of all pipelines."""
         return sum(len(tenancy.sequences) for tenancy in self._tenancies.values())
+
+    def routing(self) -> dict[int, list[int]]:
+        """Of layers with experts: how many tokens each was given. Any thread may ask."""
+        return {layer: counts.tolist() for layer, counts in self._routed.items()}
 
     def join(
         self,

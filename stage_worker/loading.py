@@ -5,11 +5,12 @@ log of what the stage sends.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from stage_worker.block_ranges import PipelineBlocks
 from stage_worker.boundary_log import BoundaryLog, choose_num_log_blocks, log_block_bytes
@@ -29,7 +30,7 @@ from stage_worker.memory import available_bytes, trim
 from stage_worker.packed_kv_cache import PackedKvCache
 from stage_worker.payload import resolve_wire_dtype
 from stage_worker.thread_counts import ThreadCounts
-from stage_worker.weights import WeightLoader
+from stage_worker.weights import WeightLoader, routed_tokens
 from stagemesh.errors import ConfigError, OutOfMemory, UnsupportedModel
 from stagemesh.model_spec import ModelSpec
 from stagemesh.plan import Span
@@ -87,6 +88,8 @@ class ExecutorFacts:
 
 @dataclass(frozen=True, slots=True)
 class LoadedStage:
+    """`routed` counts the tokens of each expert, [N], of the layers that have experts."""
+
     spec: ModelSpec
     span: Span
     decoding: Decoding
@@ -95,6 +98,7 @@ class LoadedStage:
     facts: ExecutorFacts
     wire_dtype: str
     threads: ThreadCounts
+    routed: Mapping[int, Tensor]
 
 
 def resolve_dtype(dtype: str, spec: ModelSpec, device: torch.device) -> str:
@@ -152,7 +156,8 @@ def load_stage(config: ExecutorConfig, on_progress: Callable[[int, int], None]) 
     )
     wire_dtype = resolve_wire_dtype(config.wire_dtype, dtype)
     threads = ThreadCounts(config.lone_threads)
-    return LoadedStage(spec, config.span, decoding, cache, log, facts, wire_dtype, threads)
+    routed = routed_tokens(weights, config.span)
+    return LoadedStage(spec, config.span, decoding, cache, log, facts, wire_dtype, threads, routed)
 
 
 class _Progress:

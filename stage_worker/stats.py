@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,8 +35,13 @@ class Stats:
         self.idle_ns += timing.idle_ns
 
     def to_proto(
-        self, steps_queued: int, sequences_held: int, available_bytes: int
+        self,
+        steps_queued: int,
+        sequences_held: int,
+        available_bytes: int,
+        routing: Mapping[int, Sequence[int]],
     ) -> mesh_pb2.WorkerStats:
+        """`routing`: how many tokens each expert of a layer was given."""
         spent_ns = self.occupancy.spent_ns()
         return mesh_pb2.WorkerStats(
             rss_anon_bytes=rss_anon_bytes(),
@@ -54,6 +60,10 @@ class Stats:
             output_wait_ns=spent_ns[Doing.WRITING],
             serialise_ns=spent_ns[Doing.SERIALISING],
             input_wait_ns=spent_ns[Doing.WAITING],
+            routing=[
+                mesh_pb2.LayerRouting(layer=layer, tokens=tokens)
+                for layer, tokens in routing.items()
+            ],
         )
 
 

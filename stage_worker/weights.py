@@ -197,3 +197,12 @@ class WeightLoader:
 
     def _view(self, name: str) -> Tensor:
         return self._files.view(name, self._shapes[name])
+
+
+def routed_tokens(weights: StageWeights, span: Span) -> dict[int, Tensor]:
+    """What is counted of the experts of the span's layers, by layer."""
+    return {
+        span.start + i: layer.mlp.tokens_routed
+        for i, layer in enumerate(weights.layers)
+        if isinstance(layer.mlp, SparseMlp)
+    }

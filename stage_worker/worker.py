@@ -115,7 +115,10 @@ class Worker:
         held = self._parts.holder.held
         num_sequences = held.executor.num_sequences if held else 0
         return self._parts.stats.to_proto(
-            self._parts.device.num_unfinished, num_sequences, self._parts.holder.available_bytes()
+            self._parts.device.num_unfinished,
+            num_sequences,
+            self._parts.holder.available_bytes(),
+            held.executor.routing() if held else {},
         )
 
     def attached(self, welcome: mesh_pb2.WelcomeWorker) -> None:

@@ -28,6 +28,7 @@ def render(
     """The bars of stages are of the time since `before`."""
     parts: list[RenderableType] = [_mesh(status), _workers(status)]
     parts += [_set_aside(worker) for worker in status.workers if worker.error]
+    parts += [line for worker in status.workers if (line := _experts(worker)) is not None]
     for pipeline in status.pipelines:
         bars = StageBars(stage_times(pipeline, status, before))
         parts.append(Group(*_pipeline(pipeline), bars))
@@ -88,6 +89,26 @@ def _set_aside(worker: mesh_pb2.WorkerStatus) -> Text:
     line = Text(f"{worker.worker_id} is set aside: ", style="bold red")
     line.append(worker.error, style="")
     return line
+
+
+def _experts(worker: mesh_pb2.WorkerStatus) -> Text | None:
+    """How evenly the tokens of a worker's mixtures of experts are spread."""
+    uneven = []
+    for layer in worker.stats.routing:
+        if total := sum(layer.tokens):
+            busiest = max(range(len(layer.tokens)), key=layer.tokens.__getitem__)
+            times_even = layer.tokens[busiest] * len(layer.tokens) / total
+            uneven.append((times_even, layer.layer, busiest))
+    if not uneven:
+        return None
+    times_even, layer_number, expert = max(uneven)
+    mean = sum(each[0] for each in uneven) / len(uneven)
+    line = Text(f"experts of {worker.worker_id}: ", style="bold")
+    return line.append(
+        f"the busiest has {mean:.1f} times an even share on average, {times_even:.1f} times in "
+        f"layer {layer_number} (expert {expert})",
+        style="",
+    )
 
 
 def _pipeline(pipeline: mesh_pb2.PipelineStatus) -> tuple[RenderableType, ...]:

@@ -10,6 +10,7 @@ import pytest
 
 from stagemesh.errors import CheckpointError, UnsupportedModel
 from stagemesh.model_spec import ModelSpec, parse_config
+from stagemesh.moe_spec import MoeSpec
 
 BASE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -78,6 +79,26 @@ def test_flags_of_the_families() -> None:
     assert spec(head_dim=24).head_dim == 24
 
 
+def test_experts() -> None:
+    assert spec().moe is None
+    experts = {"num_experts_per_tok": 2, "num_local_experts": 8}
+    mixtral = spec(**family("Mixtral"), **experts)
+    assert mixtral.moe == MoeSpec(8, 2, BASE["intermediate_size"], 0, True, (True,) * 4)
+    assert mixtral.layer_windows == (None,) * 4
+    qwen = {**experts, "moe_intermediate_size": 24, "decoder_sparse_step": 2}
+    qwen3 = spec(**family("Qwen3Moe"), **qwen)
+    assert qwen3.moe == MoeSpec(8, 2, 24, 0, False, (False, True, False, True))
+    assert qwen3.qk_norm
+    more = {"shared_expert_intermediate_size": 40, "mlp_only_layers": [1]}
+    qwen2 = spec(**family("Qwen2Moe"), **qwen, **more, norm_topk_prob=True)
+    assert qwen2.moe == MoeSpec(8, 2, 24, 40, True, (False, False, False, True))
+    assert qwen2.qkv_bias
+    with pytest.raises(CheckpointError, match="num_experts_per_tok 9 is more than the 8 experts"):
+        spec(**family("Mixtral"), num_local_experts=8, num_experts_per_tok=9)
+    with pytest.raises(CheckpointError, match="num_experts must be"):
+        spec(**family("Qwen3Moe"))
+
+
 def test_windows() -> None:
     assert spec(sliding_window=7).layer_windows == (None,) * 4
     assert spec(**family("Mistral"), sliding_window=7).layer_windows == (7,) * 4
@@ -112,6 +133,7 @@ UNSUPPORTED = {
     "dtype": {"torch_dtype": "float64"},
     "logits_scaling": {"logits_scaling": 8.0},
     "layer_types": {**family("Mistral"), "layer_types": ["full_attention"] * 4},
+    "num_local_experts": {"num_local_experts": 4},
     "final_logit_softcapping": {"final_logit_softcapping": 30.0},
 }
 

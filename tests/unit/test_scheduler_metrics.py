@@ -18,7 +18,11 @@ STATUS = mesh_pb2.GetStatusResponse(
         mesh_pb2.WorkerStatus(
             worker_id="w0",
             stats=mesh_pb2.WorkerStats(
-                busy_ns=3 * 10**9, input_wait_ns=10**9, steps_executed=17, rss_anon_bytes=5
+                busy_ns=3 * 10**9,
+                input_wait_ns=10**9,
+                steps_executed=17,
+                rss_anon_bytes=5,
+                routing=[mesh_pb2.LayerRouting(layer=4, tokens=[9, 3])],
             ),
         )
     ],
@@ -57,6 +61,9 @@ async def test_one_answer_has_the_whole_mesh() -> None:
     for state, seconds in (("busy", 3), ("input_wait", 1), ("output_wait", 0), ("serialise", 0)):
         key = ("stagemesh_stage_seconds_total", *stage, ("state", state), ("worker", "w0"))
         assert samples[key] == seconds
+    layer = ("layer", "4"), ("worker", "w0")
+    for expert, tokens in enumerate((9, 3)):
+        assert samples["stagemesh_expert_tokens_total", ("expert", str(expert)), *layer] == tokens
     assert samples["stagemesh_pipeline_unscheduled_seconds_total", ("pipeline", "p0")] == 0.5
     assert samples["stagemesh_worker_steps_total", ("worker", "w0")] == 17
     assert samples["stagemesh_worker_private_memory_bytes", ("worker", "w0")] == 5

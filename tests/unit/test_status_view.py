@@ -136,6 +136,17 @@ def test_a_worker_that_serves_two_pipelines_shows_both() -> None:
     assert [row[3:5] for row in rows if row[0] == "worker-0"] == [["p0", "p1"]]
 
 
+def test_how_evenly_experts_are_busy() -> None:
+    status = mesh_pb2.GetStatusResponse()
+    status.CopyFrom(STATUS)
+    assert "experts" not in shown(status)
+    for layer, tokens in ((0, [5, 5, 5, 5]), (2, [0, 30, 10, 0])):
+        status.workers[0].stats.routing.add(layer=layer, tokens=tokens)
+    line = line_with(shown(status), "experts of worker-0")
+    assert "2.0 times an even share on average" in line
+    assert "3.0 times in layer 2 (expert 1)" in line
+
+
 def test_a_mesh_with_nothing_in_it_can_be_shown() -> None:
     assert "not serving" in shown(mesh_pb2.GetStatusResponse())
 

@@ -1,0 +1,120 @@
+"""Mixtures of experts: whatever the router does, tokens are right, and what it did is counted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.checkpoints import SIZES, TinyModel, prompts, reference_logprobs, tiny_model
+from support.mesh import greedy_request, running_mesh, wait_until
+from support.paths import DEMO_MODEL
+from support.stages import Chain, Wish
+
+from stage_worker import fbgemm
+from stage_worker.quantise_checkpoint import quantise_checkpoint
+from stagemesh.quantization import parse_quantization
+
+MODEL = TinyModel(
+    "experts",
+    "Qwen3MoeConfig",
+    {
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "mlp_only_layers": [1],
+        "norm_topk_prob": True,
+        "head_dim": 16,
+    },
+    3,
+)
+NUM_TOKENS = 12
+
+
+def wishes(num: int) -> list[Wish]:
+    return [Wish(p, NUM_TOKENS) for p in prompts(num, (5, 19, 40), SIZES["vocab_size"], 1)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    directory = tmp_path_factory.mktemp("experts")
+    return tiny_model(MODEL, directory), directory / MODEL.name
+
+
+def greedy_tokens(reference: Any, live: Any) -> list[int]:
+    after_prompt = reference_logprobs(reference, live.tokens)[len(live.wish.prompt) - 1 : -1]
+    return list(after_prompt.argmax(dim=-1).tolist())
+
+
+def sampled(live: Any) -> list[int]:
+    return [token.token_id for token in live.sampled]
+
+
+def test_32_at_once(checkpoint: tuple[Any, Path]) -> None:
+    reference, path = checkpoint
+    chain = Chain(path, 3, num_blocks=512)
+    for live in chain.run(wishes(32), max_rows=32):
+        assert sampled(live) == greedy_tokens(reference, live)
+    routing = {layer: n for stage in chain.stages for layer, n in stage.routing().items()}
+    assert sorted(routing) == [0, 2, 3, 4]  # layer 1 has none
+    num_tokens = sum(len(wish.prompt) + NUM_TOKENS - 1 for wish in wishes(32))
+    for counts in routing.values():
+        assert len(counts) == 6
+        assert sum(counts) == 2 * num_tokens
+        assert all(counts)
+
+
+def test_all_tokens_to_two_experts(tmp_path: Path) -> None:
+    """Skew costs balance and nothing else."""
+    skewed = replace(MODEL, config={**MODEL.config, "num_experts_per_tok": 1})
+    reference = tiny_model(skewed, tmp_path)
+    with torch.no_grad():
+        for layer in reference.model.layers:
+            if hasattr(layer.mlp, "experts"):
+                # One of the two scores is positive, whatever the token is, and all others are zero.
+                scores = layer.mlp.gate.weight
+                scores[[0, 2, 3, 5]] = 0.0
+                scores[4] = -scores[1]
+    reference.save_pretrained(tmp_path / MODEL.name)
+    chain = Chain(tmp_path / MODEL.name, 2, num_blocks=512)
+    for live in chain.run(wishes(8), max_rows=8):
+        assert sampled(live) == greedy_tokens(reference, live)
+    for stage in chain.stages:
+        for counts in stage.routing().values():
+            assert [expert for expert, tokens in enumerate(counts) if tokens] == [1, 4]
+
+
+@pytest.mark.skipif(not fbgemm.is_available(), reason="needs AVX2")
+@pytest.mark.parametrize("scheme", ["int8", "int4-g32"])
+def test_stored_quantised(scheme: str, checkpoint: tuple[Any, Path], tmp_path: Path) -> None:
+    """Files that `stagemesh quantize` wrote give what quantising at load does, router and all."""
+    _, path = checkpoint
+    quantise_checkpoint(path, tmp_path / "out", parse_quantization(scheme))
+    (at_load,) = Chain(path, 1, quantization=scheme).run(wishes(1))
+    (stored,) = Chain(tmp_path / "out", 1, quantization="auto").run(wishes(1))
+    (exact,) = Chain(path, 1, quantization="none").run(wishes(1))
+    assert sampled(stored) == sampled(at_load)
+    assert stored.sampled[0].logprob != exact.sampled[0].logprob
+
+
+def test_counts_come_to_status_and_metrics(checkpoint: tuple[Any, Path]) -> None:
+    reference, path = checkpoint
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (path / name).write_bytes((DEMO_MODEL / name).read_bytes())
+    with running_mesh(path, stages=2) as mesh:
+        prompt = wishes(1)[0].prompt
+        output = mesh.generate(greedy_request(prompt, NUM_TOKENS, ignore_eos=True))
+
+        def counts() -> dict[int, int]:
+            return {
+                layer.layer: sum(layer.tokens)
+                for worker in mesh.status().workers
+                for layer in worker.stats.routing
+            }
+
+        wanted = dict.fromkeys([0, 2, 3, 4], 2 * (len(prompt) + NUM_TOKENS - 1))
+        wait_until(lambda: counts() == wanted, 10.0, "heartbeats with the counts")
+    logprobs = reference_logprobs(reference, [*prompt, *output.token_ids])
+    assert output.token_ids == logprobs[len(prompt) - 1 : -1].argmax(dim=-1).tolist()
