@@ -45,7 +45,7 @@ up: $(RUNTIME)
 # What only computes runs on all cores at once; what runs meshes has the machine to itself.
 test: $(DEV)
 ifeq ($(ARGS),)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal $(COMPUTING)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup $(COMPUTING)
 	$(BIN)/python -m pytest $(RUNNING)
 else
 	$(BIN)/python -m pytest $(ARGS)

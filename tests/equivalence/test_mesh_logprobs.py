@@ -11,6 +11,8 @@ from support.paths import shared
 from protos import text_generation_pb2 as pb
 
 MODEL = shared("models/stories260K")
+# Together, so that what they are compared with is computed once.
+pytestmark = pytest.mark.xdist_group("mesh log-probabilities")
 CASES = json.loads((MODEL / "reference.json").read_text())["cases"]
 ALL, EVERY_FOURTH = slice(None), slice(None, None, 4)
 
@@ -56,8 +58,7 @@ def test_they_are_the_reference_s(baseline: list[list[tuple[int, float]]]) -> No
         assert chosen == pytest.approx(case["logprobs"][: len(chosen)], abs=1e-4)
 
 
-@pytest.mark.parametrize("stages", [3, 5])
-def test_chunks_and_stages(baseline: list[list[tuple[int, float]]], stages: int) -> None:
-    with running_mesh(MODEL, "--batch-invariant", "--max-chunk-tokens", "7", stages=stages) as mesh:
+def test_chunks_and_stages(baseline: list[list[tuple[int, float]]]) -> None:
+    with running_mesh(MODEL, "--batch-invariant", "--max-chunk-tokens", "7", stages=5) as mesh:
         assert one_at_a_time(mesh, EVERY_FOURTH) == baseline[EVERY_FOURTH]
         assert [bits(output) for output in mesh.generate_all(requests())] == baseline
