@@ -52,7 +52,7 @@ class CudaDecoder:
         self._device = cache.device
         self._early = self._device.type == "cuda" and supports_early(self._device)
         self._attention = CudaAttention(spec, dtype, self._device)
-        self._shared_frequencies = spec.rope.kind != "dynamic"
+        self._shared_frequencies = not spec.rope.depends_on_length
         self._frequencies: Tensor | None = None
         # Where sequences differ in their frequencies, a graph would have to be given them.
         sizes = GRAPH_SIZES if self._shared_frequencies else ()
@@ -143,7 +143,7 @@ class CudaDecoder:
         else:
             normed = add_norm(hidden, delta, layer.input_norm, eps)
         delta = layer.output(self._attend(layer.qkv(normed), i, layer, step))
-        normed = add_norm(hidden, delta, layer.post_attention_norm, eps)
+        normed = add_norm(hidden, delta, layer.mlp_norm, eps)
         return layer.down(gate(layer.gate_up(normed)))
 
     def _lone_layer(self, hidden: Tensor, i: int, layer: LayerWeights, step: _Pass) -> None:
@@ -163,7 +163,7 @@ class CudaDecoder:
             hidden,
             gate_up.weight,
             gated,
-            norm=layer.post_attention_norm,
+            norm=layer.mlp_norm,
             gated=True,
             eps=eps,
             early=early,

@@ -6,6 +6,8 @@ a model with tied embeddings consists of the embedding's tensor. Knows nothing o
 
 from __future__ import annotations
 
+from stage_worker import weight_names as roles
+from stage_worker.weight_names import layer_names, tensor_name
 from stagemesh.errors import SpanError
 from stagemesh.model_spec import ModelSpec
 from stagemesh.plan import Span
@@ -69,29 +71,46 @@ def head_name(spec: ModelSpec) -> str:
 
 def layer_tensors(spec: ModelSpec, layer: int) -> dict[str, Shape]:
     """Names and shapes of one decoder layer's weights."""
+    linears, norms = _linears(spec), _norms(spec)
+    shapes: dict[str, Shape] = {}
+    for name, held in layer_names(spec).items():
+        weight = tensor_name(layer, name)
+        if held[0] in norms:
+            shapes[weight] = (norms[held[0]],)
+            continue
+        num_outputs = sum(linears[role][0] for role in held)
+        _, num_inputs, has_bias = linears[held[0]]
+        shapes[weight] = (num_outputs, num_inputs)
+        if has_bias:
+            shapes[weight.removesuffix("weight") + "bias"] = (num_outputs,)
+    return shapes
+
+
+def _linears(spec: ModelSpec) -> dict[str, tuple[int, int, bool]]:
+    """By role: outputs, inputs, and whether there is a bias."""
     hidden, inner = spec.hidden_size, spec.intermediate_size
     query_size = spec.num_heads * spec.head_dim
     kv_size = spec.num_kv_heads * spec.head_dim
-    linears = {
-        "self_attn.q_proj": (query_size, hidden, spec.qkv_bias),
-        "self_attn.k_proj": (kv_size, hidden, spec.qkv_bias),
-        "self_attn.v_proj": (kv_size, hidden, spec.qkv_bias),
-        "self_attn.o_proj": (hidden, query_size, spec.output_bias),
-        "mlp.gate_proj": (inner, hidden, spec.mlp_bias),
-        "mlp.up_proj": (inner, hidden, spec.mlp_bias),
-        "mlp.down_proj": (hidden, inner, spec.mlp_bias),
+    return {
+        roles.QUERY: (query_size, hidden, spec.qkv_bias),
+        roles.KEY: (kv_size, hidden, spec.qkv_bias),
+        roles.VALUE: (kv_size, hidden, spec.qkv_bias),
+        roles.OUTPUT: (hidden, query_size, spec.output_bias),
+        roles.GATE: (inner, hidden, spec.mlp_bias),
+        roles.UP: (inner, hidden, spec.mlp_bias),
+        roles.DOWN: (hidden, inner, spec.mlp_bias),
     }
-    shapes: dict[str, Shape] = {
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
+
+
+def _norms(spec: ModelSpec) -> dict[str, int]:
+    """By role: how many numbers."""
+    whole = spec.norms.projections
+    hidden = (roles.INPUT_NORM, roles.ATTENDED_NORM, roles.MLP_NORM, roles.MLP_OUTPUT_NORM)
+    return {
+        **dict.fromkeys(hidden, spec.hidden_size),
+        roles.QUERY_NORM: spec.head_dim * (spec.num_heads if whole else 1),
+        roles.KEY_NORM: spec.head_dim * (spec.num_kv_heads if whole else 1),
     }
-    if spec.qk_norm:
-        shapes["self_attn.q_norm.weight"] = shapes["self_attn.k_norm.weight"] = (spec.head_dim,)
-    for name, (num_out, num_in, bias) in linears.items():
-        shapes[f"{name}.weight"] = (num_out, num_in)
-        if bias:
-            shapes[f"{name}.bias"] = (num_out,)
-    return {f"model.layers.{layer}.{name}": shape for name, shape in shapes.items()}
 
 
 def stored_tensors(name: str, shape: Shape, way: StoredWeights) -> dict[str, Shape]:

@@ -14,6 +14,7 @@ import torch
 from stage_worker.block_ranges import PipelineBlocks
 from stage_worker.boundary_log import BoundaryLog, choose_num_log_blocks, log_block_bytes
 from stage_worker.checkpoint import TORCH_DTYPES
+from stage_worker.cuda_support import check_supported
 from stage_worker.decoding import Decoding, make_decoding
 from stage_worker.kernels import choose_kernels
 from stage_worker.kv_cache import (
@@ -122,7 +123,9 @@ def load_stage(config: ExecutorConfig, on_progress: Callable[[int, int], None]) 
     dtype_name = resolve_dtype(config.dtype, spec, device)
     dtype = TORCH_DTYPES[dtype_name]
     kv_dtype = resolve_kv_dtype(config.kv_dtype, dtype_name, config.device)
-    kernels = choose_kernels(config.batch_invariant, dtype, device)
+    if device.type == "cuda":
+        check_supported(spec)
+    kernels = choose_kernels(spec, config.batch_invariant, dtype, device)
     numerics = Numerics(dtype, device, config.quantization, config.batch_invariant)
     progress = _Progress(on_progress)
     loader = WeightLoader(config.model_dir, spec, numerics, progress.advance)
@@ -134,8 +137,7 @@ def load_stage(config: ExecutorConfig, on_progress: Callable[[int, int], None]) 
         trim()
         cache = _make_cache(spec, config, dtype, kv_dtype, device)
         log = _make_log(spec, config, cache.num_blocks, dtype)
-        windows = spec.layer_windows[config.span.start : config.span.end]
-        decoding = make_decoding(spec, windows, weights, cache, kernels, dtype)
+        decoding = make_decoding(spec, config.span, weights, cache, kernels, dtype)
     except (RuntimeError, MemoryError) as error:
         raise _as_out_of_memory(error) from error
     facts = ExecutorFacts(
