@@ -38,6 +38,21 @@ class Query:
         return self.start + self.num_tokens
 
 
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What becomes of a product of query and key: times `scale` (None: D ** -0.5), and with a `cap`
+    c it becomes c * tanh(score / c)."""
+
+    scale: float | None = None
+    cap: float | None = None
+
+    def factor(self, head_dim: int) -> float:
+        return head_dim**-0.5 if self.scale is None else self.scale
+
+
+PLAIN_SCORES = Scores()
+
+
 class Attention(Protocol[P]):
     """A kernel. What it plans, P, is known to itself only."""
 

@@ -5,6 +5,7 @@
 
 torch's fused kernel takes views of any stride and tells the logarithm of its softmax's sum; by
 that, results of several parts for one token are merged to what a single softmax would have given.
+It knows no cap of scores: those that have one are attended to by `stage_worker.capped_attention`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from stage_worker.attention import Scores
 from stage_worker.block_runs import Run
+from stage_worker.capped_attention import attend_capped
 from stage_worker.kv_cache import KvCache
 
 Partial = tuple[Tensor, Tensor]
@@ -29,7 +32,7 @@ class Part(Protocol):
         """[t]: which tokens of the step its results are of, in order."""
         ...
 
-    def attend(self, queries: Tensor, cache: KvCache, layer: int) -> Partial:
+    def attend(self, queries: Tensor, cache: KvCache, layer: int, scores: Scores) -> Partial:
         """queries: [T, H, D]."""
         ...
 
@@ -41,12 +44,12 @@ class Stretch:
     tokens: range
     run: Run
 
-    def attend(self, queries: Tensor, cache: KvCache, layer: int) -> Partial:
+    def attend(self, queries: Tensor, cache: KvCache, layer: int, scores: Scores) -> Partial:
         keys, values = (
             pages.narrow(2, self.run.low, self.run.num_slots) for pages in cache.views(layer)
         )
         own = queries.narrow(0, self.tokens.start, len(self.tokens))
-        return _fused(own[None], keys, values)
+        return _attend(scores, own[None], keys, values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +66,10 @@ class Gathered:
     mask: Tensor | None = None
     causal: bool = False
 
-    def attend(self, queries: Tensor, cache: KvCache, layer: int) -> Partial:
+    def attend(self, queries: Tensor, cache: KvCache, layer: int, scores: Scores) -> Partial:
         keys, values = (x.transpose(1, 2) for x in cache.read(layer, self.slots))
         own = queries[self.index].view(len(self.slots), -1, *queries.shape[1:])
-        return _fused(own, keys, values, self.mask, causal=self.causal)
+        return _attend(scores, own, keys, values, self.mask, causal=self.causal)
 
 
 def merge(partials: Sequence[Partial], tokens: Tensor, num_tokens: int) -> Tensor:
@@ -82,7 +85,8 @@ def merge(partials: Sequence[Partial], tokens: Tensor, num_tokens: int) -> Tenso
     return (sums / totals[..., None]).to(outputs.dtype)
 
 
-def _fused(
+def _attend(
+    scores: Scores,
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -92,12 +96,15 @@ def _fused(
 ) -> Partial:
     """queries: [R, n, H, D]; keys, values: [R, K, C, D] -> of R * n tokens."""
     num_rows, num_queries, num_heads, head_dim = queries.shape
+    if scores.cap is not None:
+        output, logs = attend_capped(scores, queries, keys, values, mask, causal=causal)
+        return output.flatten(0, 1), logs.flatten(0, 1)
     if num_queries == 1:  # the G query heads of a KV head are its queries: it is read once
         queries = queries.view(num_rows, keys.shape[1], -1, head_dim)
     else:
         queries = queries.transpose(1, 2)
     output, logs = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        queries, keys, values, 0.0, causal, attn_mask=mask
+        queries, keys, values, 0.0, causal, attn_mask=mask, scale=scores.scale
     )
     if num_queries > 1:
         output, logs = output.transpose(1, 2), logs.transpose(1, 2)

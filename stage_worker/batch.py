@@ -1,6 +1,7 @@
 """Turns the rows of a step into the metadata of one forward pass.
 
-T tokens of all rows, one after another; W those of them whose KV is written; D head dim
+T tokens of all rows, one after another; W those of them whose KV is written; P dimensions of a head
+    that are rotated
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stage_worker.attention import Attention, Query
-from stage_worker.decoder import Batch
+from stage_worker.decoder import Batch, Turn
 from stage_worker.kv_cache import KvCache
 from stage_worker.rope import angles, both_halves
 from stage_worker.sequences import Sequence
@@ -36,18 +37,20 @@ class PlacedRow:
 
 
 class BatchBuilder:
-    """`windows` are those of the stage's layers; `dtype` is what it computes in."""
+    """`windows` are those of the stage's layers, `used` says which of the model's `ropes` they
+    have; `dtype` is what it computes in."""
 
     def __init__(
         self,
         windows: Rows[int | None],
-        rope: RopeSpec,
+        ropes: Rows[RopeSpec],
+        used: Rows[int | None],
         attention: Attention[Any],
         cache: KvCache,
         dtype: torch.dtype,
     ) -> None:
         self._windows = list(dict.fromkeys(windows))
-        self._rope = rope
+        self._ropes = {i: ropes[i] for i in dict.fromkeys(used) if i is not None}
         self._attention = attention
         self._cache = cache
         self._dtype = dtype
@@ -55,27 +58,31 @@ class BatchBuilder:
     def build(self, placed: Rows[PlacedRow], stage: int) -> Batch:
         """The pass of `placed`, at least one row, on the stage of this number."""
         slots = torch.cat([entry.slots for entry in placed])
-        cos, sin = angles(
-            torch.cat([_positions(entry, slots.device) for entry in placed]),
-            self._frequencies(placed),
-            self._rope.attention_factor,
-        )
         rows = [_query(entry) for entry in placed]
         reading = {w: self._attention.plan(rows, w, self._cache) for w in self._windows}
         written = _written(placed, stage, slots.device)
         written_slots = slots if written is None else slots[written]
-        cos, sin = both_halves(cos.to(self._dtype), sin.to(self._dtype))
         token_ids = None
         if stage == 0:
             token_ids = torch.tensor([token for entry in placed for token in entry.row.token_ids])
-        return Batch(slots, written_slots, written, cos, sin, reading, token_ids)
+        return Batch(
+            slots, written_slots, written, self._turns(placed, slots.device), reading, token_ids
+        )
 
-    def _frequencies(self, placed: Rows[PlacedRow]) -> Tensor:
-        """[D / 2] where all sequences share them, else [T, D / 2]."""
-        if self._rope.kind != "dynamic":
-            return placed[0].sequence.frequencies
+    def _turns(self, placed: Rows[PlacedRow], device: torch.device) -> dict[int, Turn]:
+        positions = torch.cat([_positions(entry, device) for entry in placed])
+        turns = {}
+        for i, rope in self._ropes.items():
+            cos, sin = angles(positions, self._frequencies(placed, i), rope.attention_factor)
+            turns[i] = both_halves(cos.to(self._dtype), sin.to(self._dtype))
+        return turns
+
+    def _frequencies(self, placed: Rows[PlacedRow], i: int) -> Tensor:
+        """Of rope i: [P / 2] where all sequences share them, else [T, P / 2]."""
+        if not self._ropes[i].depends_on_length:
+            return placed[0].sequence.frequencies[i]
         return torch.cat(
-            [entry.sequence.frequencies.expand(entry.row.num_tokens, -1) for entry in placed]
+            [entry.sequence.frequencies[i].expand(entry.row.num_tokens, -1) for entry in placed]
         )
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from stage_worker.attention import Query
+from stage_worker.attention import PLAIN_SCORES, Query, Scores
 from stage_worker.attention_parts import Gathered, Part, Stretch, merge
 from stage_worker.block_runs import runs_of
 from stage_worker.kv_cache import KvCache
@@ -70,6 +70,9 @@ class _Rest:
 class CpuAttention:
     """An `Attention`."""
 
+    def __init__(self, scores: Scores = PLAIN_SCORES) -> None:
+        self._scores = scores
+
     def plan(self, rows: Sequence[Query], window: int | None, cache: KvCache) -> Plan:
         planner = _Planner(window, cache, alone=len(rows) == 1)
         for row in rows:
@@ -82,7 +85,7 @@ class CpuAttention:
         return Plan(parts, torch.tensor(tokens), merged=len(tokens) > num_tokens)
 
     def attend(self, queries: Tensor, plan: Plan, cache: KvCache, layer: int) -> Tensor:
-        partials = [part.attend(queries, cache, layer) for part in plan.parts]
+        partials = [part.attend(queries, cache, layer, self._scores) for part in plan.parts]
         if plan.merged:
             assert plan.tokens is not None
             return merge(partials, plan.tokens, len(queries)).flatten(1)

@@ -151,9 +151,9 @@ class CudaBatchBuilder:
 
     def _frequencies(self, placed: Rows[PlacedRow]) -> Tensor:
         if self._shared_frequencies:
-            return placed[0].sequence.frequencies
+            return placed[0].sequence.frequencies[0]
         return torch.cat(
-            [entry.sequence.frequencies.expand(entry.row.num_tokens, -1) for entry in placed]
+            [entry.sequence.frequencies[0].expand(entry.row.num_tokens, -1) for entry in placed]
         )
 
 

@@ -53,7 +53,7 @@ class CudaDecoder:
         self._device = cache.device
         self._early = self._device.type == "cuda" and supports_early(self._device)
         self._attention = CudaAttention(spec, dtype, self._device)
-        self._shared_frequencies = spec.rope.kind != "dynamic"
+        self._shared_frequencies = not spec.rope.depends_on_length
         self._frequencies: Tensor | None = None
         # Where sequences differ in their frequencies, a graph would have to be given them.
         sizes = GRAPH_SIZES if self._shared_frequencies else ()
@@ -139,12 +139,14 @@ class CudaDecoder:
     ) -> Tensor:
         """hidden: [T, E], to which `delta` is still to be added; what is to be added after it."""
         eps = self._spec.rms_norm_eps
+        assert layer.input_norm is not None
+        assert layer.mlp_norm is not None
         if delta is None:
             normed = norm(hidden, layer.input_norm, eps)
         else:
             normed = add_norm(hidden, delta, layer.input_norm, eps)
         delta = layer.output(self._attend(layer.qkv(normed), i, layer, step))
-        normed = add_norm(hidden, delta, layer.post_attention_norm, eps)
+        normed = add_norm(hidden, delta, layer.mlp_norm, eps)
         mlp = _dense(layer)
         return mlp.down(gate(mlp.gate_up(normed)))
 
@@ -165,7 +167,7 @@ class CudaDecoder:
             hidden,
             gate_up.weight,
             gated,
-            norm=layer.post_attention_norm,
+            norm=layer.mlp_norm,
             gated=True,
             eps=eps,
             early=early,

@@ -3,8 +3,9 @@
     T tokens of all rows, one after another; W of them are written
     E hidden size; I intermediate size; H query heads, K KV heads, D head dim, V vocabulary
 
-One decoder for all families: what differs is in the weights that are there (biases, query and key
-norms) and in the batch's metadata (angles, windows). Knows nothing of sequences or steps.
+One decoder for all families: what differs is in the weights that are there (biases, norms), in the
+batch's metadata (angles, windows) and in the factors of the spec. Knows nothing of sequences or
+steps.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from stage_worker.attention import Attention
+from stage_worker.capped_attention import cap_in_place
 from stage_worker.kernels import Kernels
 from stage_worker.kv_cache import KvCache
 from stage_worker.rope import rotate
@@ -24,34 +26,36 @@ from stage_worker.sampler import greedy_tokens
 from stage_worker.weights import LayerWeights, StageWeights
 from stagemesh.model_spec import ModelSpec
 
+Turn = tuple[Tensor, Tensor]
+"""What `rotate` takes, in the model's dtype: cos and sin [T, 1, P] of P rotated dimensions."""
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """What a forward pass must know of its tokens, built once per step.
 
     `slots` [T] is where their keys and values lie; those of `written` [W] (None: of all) are
-    written there, at `written_slots` [W], and the pages hold the others' already. `cos`, `sin`
-    [T, 1, D], in the model's dtype, are what `rotate` takes; `reading` has what the attention
-    kernel planned per sliding window (None: whole context). `token_ids` [T] are there on the first
-    stage.
+    written there, at `written_slots` [W], and the pages hold the others' already. `turns` are by
+    number of the rope; `reading` has what the attention kernel planned per sliding window (None:
+    whole context). `token_ids` [T] are there on the first stage.
     """
 
     slots: Tensor
     written_slots: Tensor
     written: Tensor | None
-    cos: Tensor
-    sin: Tensor
+    turns: Mapping[int, Turn]
     reading: Mapping[int | None, Any]
     token_ids: Tensor | None = None
 
 
 class Decoder:
-    """`windows` are those of the stage's own layers."""
+    """`windows` are those of the stage's own layers, `ropes` the numbers of theirs (None: none)."""
 
     def __init__(
         self,
         spec: ModelSpec,
         windows: Sequence[int | None],
+        ropes: Sequence[int | None],
         weights: StageWeights,
         cache: KvCache,
         kernels: Kernels,
@@ -59,10 +63,13 @@ class Decoder:
     ) -> None:
         self._spec = spec
         self._windows = windows
+        self._ropes = ropes
         self._weights = weights
         self._cache = cache
         self._kernels = kernels
         self._dtype = dtype
+        # Rounded to the type, as models were trained: Gemma's is no power of two.
+        self._embedding_scale = float(torch.tensor(spec.scales.embedding, dtype=dtype))
 
     @property
     def attention(self) -> Attention[Any]:
@@ -72,7 +79,8 @@ class Decoder:
     def embed(self, token_ids: Tensor) -> Tensor:
         """[T] -> [T, E]; on the first stage."""
         assert self._weights.embedding is not None
-        return torch.nn.functional.embedding(token_ids, self._weights.embedding).to(self._dtype)
+        embedded = torch.nn.functional.embedding(token_ids, self._weights.embedding).to(self._dtype)
+        return embedded if self._embedding_scale == 1.0 else embedded.mul_(self._embedding_scale)
 
     def forward(self, hidden: Tensor | None, batch: Batch) -> Tensor:
         """[T, E] -> [T, E] through the stage's layers; writes their KV. Without input the batch's
@@ -81,17 +89,22 @@ class Decoder:
             assert batch.token_ids is not None
             hidden = self.embed(batch.token_ids)
         for i, layer in enumerate(self._weights.layers):
-            normed = self._norm(hidden, layer.input_norm)
-            hidden += self._attention(normed, i, layer, batch)
-            normed = self._norm(hidden, layer.post_attention_norm)
-            hidden += layer.mlp(normed, self._kernels.silu)
+            attended = self._attention(self._norm(hidden, layer.input_norm), i, layer, batch)
+            hidden += self._addend(attended, layer.attended_norm)
+            output = layer.mlp(self._norm(hidden, layer.mlp_norm), self._kernels.gate)
+            hidden += self._addend(output, layer.mlp_output_norm)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, E] -> [T, V] float32; on the last stage."""
         assert self._weights.norm is not None
         assert self._weights.head is not None
-        return self._weights.head(self._norm(hidden, self._weights.norm)).float()
+        logits = self._weights.head(self._norm(hidden, self._weights.norm)).float()
+        if self._spec.scales.logits != 1.0:
+            logits.div_(self._spec.scales.logits)
+        if self._spec.scales.logit_cap is not None:
+            cap_in_place(logits, self._spec.scales.logit_cap)
+        return logits
 
     def greedy(self, hidden: Tensor) -> list[int]:
         """[T, E] -> the likeliest token of each, -1 where numbers are not finite."""
@@ -103,24 +116,38 @@ class Decoder:
         turned, values = heads.tensor_split([spec.num_heads + spec.num_kv_heads], dim=1)
         if layer.query_norm is not None and layer.key_norm is not None:
             queries, keys = turned.tensor_split([spec.num_heads], dim=1)
+            if spec.norms.projections:
+                queries, keys = queries.flatten(1), keys.flatten(1)
             normed = self._norm(queries, layer.query_norm), self._norm(keys, layer.key_norm)
-            turned = torch.cat(normed, dim=1)
-        turned = rotate(turned, batch.cos, batch.sin)
+            turned = torch.cat(normed, dim=1).view(len(hidden), -1, spec.head_dim)
+        rope = self._ropes[i]
+        if rope is not None:
+            turned = rotate(turned, *batch.turns[rope])
         queries, keys = turned.tensor_split([spec.num_heads], dim=1)
         self._write(i, batch, keys, values)
         plan = batch.reading[self._windows[i]]
         return layer.output(self._kernels.attention.attend(queries, plan, self._cache, i))
+
+    def _addend(self, output: Tensor, norm: Tensor | None) -> Tensor:
+        """What attention or the feed-forward part adds to the hidden states: [T, E]."""
+        added = self._norm(output, norm)
+        residual = self._spec.scales.residual
+        return added if residual == 1.0 else added.mul_(residual)
 
     def _write(self, i: int, batch: Batch, keys: Tensor, values: Tensor) -> None:
         if batch.written is not None:
             keys, values = keys[batch.written], values[batch.written]
         self._cache.write(i, batch.written_slots, keys, values)
 
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """RMS norm over the last dimension, in float32."""
-        # In half precision models round before they multiply by the weight, and torch after.
+    def _norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        """RMS norm over the last dimension, in float32; x itself where there is none."""
+        if weight is None:
+            return x
+        # In half precision most models round before they multiply by the weight, and torch after.
         if x.dtype == torch.float32:
             return torch.nn.functional.rms_norm(x, weight.shape, weight, self._spec.rms_norm_eps)
         wide = x.float()
         scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self._spec.rms_norm_eps)
+        if self._spec.norms.wide:
+            return (weight * (wide * scale)).to(x.dtype)
         return weight * (wide * scale).to(x.dtype)

@@ -20,6 +20,7 @@ from stage_worker.kv_cache import KvCache, PlainKvCache
 from stage_worker.rope import inverse_frequencies
 from stage_worker.weights import StageWeights
 from stagemesh.model_spec import ModelSpec
+from stagemesh.plan import Span
 
 
 class StageBatch(Protocol):
@@ -67,18 +68,20 @@ class Decoding:
 
 def make_decoding(
     spec: ModelSpec,
-    windows: Sequence[int | None],
+    span: Span,
     weights: StageWeights,
     cache: KvCache,
     kernels: Kernels,
     dtype: torch.dtype,
 ) -> Decoding:
     """For the device that the cache's pages are on; ready to take steps."""
+    windows = spec.layer_windows[span.start : span.end]
+    ropes = spec.layer_ropes[span.start : span.end]
     if cache.device.type == "cuda":
         assert isinstance(cache, PlainKvCache)
         return cuda_decoding(spec, windows, weights, cache, dtype)
-    batches = BatchBuilder(windows, spec.rope, kernels.attention, cache, dtype)
-    return Decoding(batches, Decoder(spec, windows, weights, cache, kernels, dtype))
+    batches = BatchBuilder(windows, spec.ropes, ropes, kernels.attention, cache, dtype)
+    return Decoding(batches, Decoder(spec, windows, ropes, weights, cache, kernels, dtype))
 
 
 def cuda_decoding(

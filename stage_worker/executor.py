@@ -26,7 +26,7 @@ from stage_worker.loading import ExecutorConfig, ExecutorFacts, LoadedStage, loa
 from stage_worker.pages import PageStore
 from stage_worker.payload import check_wire_dtype, hidden_as_bytes, hidden_from_bytes
 from stage_worker.results import RowSampler
-from stage_worker.rope import inverse_frequencies
+from stage_worker.rope import all_frequencies
 from stage_worker.sequences import Sequence, SequenceTable
 from stage_worker.staging import to_host
 from stage_worker.tenancy import Tenancy
@@ -218,9 +218,7 @@ class StageExecutor:
         _check_stages(row, tenancy.num_stages)
         frequencies = None
         if row.state is not None:
-            frequencies = inverse_frequencies(
-                self.spec.rope, self.spec.head_dim, row.state.total_length
-            )
+            frequencies = all_frequencies(self.spec, row.state.total_length)
         return tenancy.sequences.update(row, frequencies)
 
     def _logged(self, row: Row, sequence: Sequence, tenancy: Tenancy) -> _Logged:

@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stage_worker.attention import Scores
+from stage_worker.capped_attention import cap_in_place
 from stage_worker.padded_attention import Group
 
 TILE = 64
@@ -24,7 +26,9 @@ _LOWEST = -3e38
 _MAX_QUERIES = 4096
 
 
-def invariant_kernel(group: Group, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def invariant_kernel(
+    group: Group, queries: Tensor, keys: Tensor, values: Tensor, scores: Scores
+) -> Tensor:
     """queries: [R, n, H, D]; keys, values: [R, C, K, D], C a multiple of TILE."""
     num_rows, num_queries, num_heads, head_dim = queries.shape
     num_kv_heads = keys.shape[2]
@@ -35,7 +39,7 @@ def invariant_kernel(group: Group, queries: Tensor, keys: Tensor, values: Tensor
     mask = mask.reshape(num_rows, 1, -1, mask.shape[-1]).expand(-1, num_kv_heads, -1, -1)
     keys, values = keys.transpose(1, 2), values.transpose(1, 2)
     pieces = [
-        _attend_tiles(piece, keys, values, piece_mask)
+        _attend_tiles(piece, keys, values, piece_mask, scores)
         for piece, piece_mask in zip(
             torch.split(grouped, _MAX_QUERIES, dim=2),
             torch.split(mask, _MAX_QUERIES, dim=2),
@@ -47,11 +51,13 @@ def invariant_kernel(group: Group, queries: Tensor, keys: Tensor, values: Tensor
     return output.reshape(num_rows, num_queries, num_heads, head_dim)
 
 
-def _attend_tiles(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+def _attend_tiles(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scores: Scores
+) -> Tensor:
     """queries: [R, K, S, D]; keys, values: [R, K, C, D]; mask: [R, K, S, C] -> [R, K, S, D]."""
     num_queries, head_dim = queries.shape[2:]
     padding = -num_queries % QUERY_BLOCK
-    queries = torch.nn.functional.pad(queries * head_dim**-0.5, (0, 0, 0, padding))
+    queries = torch.nn.functional.pad(queries * scores.factor(head_dim), (0, 0, 0, padding))
     # Padded queries see what the last real one sees, so that they stay finite.
     mask = torch.cat((mask, mask[:, :, -1:].expand(-1, -1, padding, -1)), dim=2)
     num_blocks = queries.shape[2] // QUERY_BLOCK
@@ -64,9 +70,12 @@ def _attend_tiles(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -
         tile_keys, tile_values = (
             _repeat_tile(x[:, :, start : start + TILE], num_blocks) for x in (keys, values)
         )
-        scores = torch.bmm(blocks, tile_keys.transpose(1, 2)).masked_fill_(~seen, _LOWEST)
-        raised = torch.maximum(highest, scores.amax(dim=-1, keepdim=True))
-        weights = torch.where(seen, torch.exp(scores - raised), 0.0)
+        products = torch.bmm(blocks, tile_keys.transpose(1, 2))
+        if scores.cap is not None:
+            cap_in_place(products, scores.cap)
+        products.masked_fill_(~seen, _LOWEST)
+        raised = torch.maximum(highest, products.amax(dim=-1, keepdim=True))
+        weights = torch.where(seen, torch.exp(products - raised), 0.0)
         scale = torch.exp(highest - raised)
         total = total * scale + weights.sum(dim=-1, keepdim=True)
         output = output * scale + torch.bmm(weights, tile_values)

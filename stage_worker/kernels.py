@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,19 +10,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stage_worker.attention import Attention
+from stage_worker.attention import Attention, Scores
 from stage_worker.cpu_attention import CpuAttention
 from stage_worker.invariant_attention import TILE, invariant_kernel
 from stage_worker.padded_attention import PaddedAttention, fast_kernel
 from stagemesh.errors import ConfigError
+from stagemesh.families import GELU_TANH, SILU
+from stagemesh.model_spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """`attention` reads the pages, `silu` is the gate of the feed-forward part."""
+    """`attention` reads the pages, `gate` is the gate of the feed-forward part."""
 
     attention: Attention[Any]
-    silu: Callable[[Tensor], Tensor]
+    gate: Callable[[Tensor], Tensor]
+
+
+def choose_kernels(
+    spec: ModelSpec, batch_invariant: bool, dtype: torch.dtype, device: torch.device
+) -> Kernels:
+    """Raises ConfigError where `batch_invariant` cannot be kept."""
+    scores = Scores(spec.scales.attention, spec.scales.attention_cap)
+    if not batch_invariant:
+        gate = _FAST_GATES[spec.activation]
+        if device.type == "cpu":
+            return Kernels(CpuAttention(scores), gate)
+        return Kernels(PaddedAttention(fast_kernel, 1, scores), gate)
+    if dtype != torch.float32 or device.type != "cpu":
+        raise ConfigError("batch_invariant needs dtype float32 and device cpu")
+    if not torch._C._has_mkldnn:
+        raise ConfigError("batch_invariant needs a torch with oneDNN")
+    attention = PaddedAttention(invariant_kernel, TILE, scores)
+    return Kernels(attention, _EXACT_GATES[spec.activation])
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return torch.nn.functional.gelu(x, approximate="tanh")
 
 
 def _exact_silu(x: Tensor) -> Tensor:
@@ -32,17 +57,12 @@ def _exact_silu(x: Tensor) -> Tensor:
     return x / (1.0 + torch.exp(-x))
 
 
-FAST = Kernels(PaddedAttention(fast_kernel, 1), torch.nn.functional.silu)
-FAST_CPU = Kernels(CpuAttention(), torch.nn.functional.silu)
-INVARIANT = Kernels(PaddedAttention(invariant_kernel, TILE), _exact_silu)
+def _exact_gelu_tanh(x: Tensor) -> Tensor:
+    """As `_exact_silu`: (1 + tanh(u)) / 2 is 1 / (1 + exp(-2 u))."""
+    twice = (x * x * x * 0.044715 + x) * (2 * math.sqrt(2 / math.pi))
+    return x / (1.0 + torch.exp(-twice))
 
 
-def choose_kernels(batch_invariant: bool, dtype: torch.dtype, device: torch.device) -> Kernels:
-    """Raises ConfigError where `batch_invariant` cannot be kept."""
-    if not batch_invariant:
-        return FAST_CPU if device.type == "cpu" else FAST
-    if dtype != torch.float32 or device.type != "cpu":
-        raise ConfigError("batch_invariant needs dtype float32 and device cpu")
-    if not torch._C._has_mkldnn:
-        raise ConfigError("batch_invariant needs a torch with oneDNN")
-    return INVARIANT
+_Gates = dict[str, Callable[[Tensor], Tensor]]
+_FAST_GATES: _Gates = {SILU: torch.nn.functional.silu, GELU_TANH: _gelu_tanh}
+_EXACT_GATES: _Gates = {SILU: _exact_silu, GELU_TANH: _exact_gelu_tanh}

@@ -6,8 +6,8 @@ a model with tied embeddings consists of the embedding's tensor. Knows nothing o
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
+from stage_worker import weight_names as roles
+from stage_worker.weight_names import is_sparse, layer_names, moe_names, tensor_name
 from stagemesh.errors import SpanError
 from stagemesh.model_spec import ModelSpec
 from stagemesh.moe_spec import MoeSpec
@@ -15,17 +15,6 @@ from stagemesh.plan import Span
 from stagemesh.stored_format import StoredWeights
 
 Shape = tuple[int, ...]
-
-
-class MlpNames(NamedTuple):
-    """Of the three matrices of a feed-forward part."""
-
-    gate: str
-    up: str
-    down: str
-
-
-DENSE = MlpNames("gate_proj", "up_proj", "down_proj")
 
 EMBEDDING = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
@@ -88,68 +77,65 @@ def head_name(spec: ModelSpec) -> str:
 
 def layer_tensors(spec: ModelSpec, layer: int) -> dict[str, Shape]:
     """Names and shapes of one decoder layer's weights."""
-    hidden = spec.hidden_size
-    query_size = spec.num_heads * spec.head_dim
-    kv_size = spec.num_kv_heads * spec.head_dim
-    linears = {
-        "self_attn.q_proj": (query_size, hidden, spec.qkv_bias),
-        "self_attn.k_proj": (kv_size, hidden, spec.qkv_bias),
-        "self_attn.v_proj": (kv_size, hidden, spec.qkv_bias),
-        "self_attn.o_proj": (hidden, query_size, spec.output_bias),
-    }
-    shapes: dict[str, Shape] = {
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-    }
-    if spec.qk_norm:
-        shapes["self_attn.q_norm.weight"] = shapes["self_attn.k_norm.weight"] = (spec.head_dim,)
+    linears, norms = _linears(spec), _norms(spec)
+    shapes: dict[str, Shape] = {}
+    for name, held in layer_names(spec, layer).items():
+        weight = tensor_name(layer, name)
+        if held[0] in norms:
+            shapes[weight] = (norms[held[0]],)
+            continue
+        num_outputs = sum(linears[role][0] for role in held)
+        _, num_inputs, has_bias = linears[held[0]]
+        shapes[weight] = (num_outputs, num_inputs)
+        if has_bias:
+            shapes[weight.removesuffix("weight") + "bias"] = (num_outputs,)
     if is_sparse(spec, layer):
         assert spec.moe is not None
-        shapes |= _sparse_tensors(spec, spec.moe)
-    else:
-        linears |= _mlp("mlp", DENSE, hidden, spec.intermediate_size, spec.mlp_bias)
-    for name, (num_out, num_in, bias) in linears.items():
-        shapes[f"{name}.weight"] = (num_out, num_in)
-        if bias:
-            shapes[f"{name}.bias"] = (num_out,)
-    return {f"model.layers.{layer}.{name}": shape for name, shape in shapes.items()}
+        experts = _expert_tensors(spec, spec.moe)
+        shapes |= {tensor_name(layer, name): shape for name, shape in experts.items()}
+    return shapes
 
 
-def is_sparse(spec: ModelSpec, layer: int) -> bool:
-    """Whether the layer has a mixture of experts."""
-    return spec.moe is not None and spec.moe.sparse[layer]
+def _expert_tensors(spec: ModelSpec, moe: MoeSpec) -> dict[str, Shape]:
+    """Names, without a layer, and shapes of all matrices of a mixture of experts."""
+    module, names = moe_names(spec)
+    hidden = spec.hidden_size
+    shapes: dict[str, Shape] = {f"{module}.gate": (moe.num_experts, hidden)}
+    parts = {f"{module}.experts.{i}": moe.intermediate_size for i in range(moe.num_experts)}
+    if moe.shared_size:
+        parts[f"{module}.shared_expert"] = moe.shared_size
+        shapes[f"{module}.shared_expert_gate"] = (1, hidden)
+    for part, inner in parts.items():
+        shapes[f"{part}.{names.gate}"] = shapes[f"{part}.{names.up}"] = (inner, hidden)
+        shapes[f"{part}.{names.down}"] = (hidden, inner)
+    return shapes
 
 
-def moe_names(spec: ModelSpec) -> tuple[str, MlpNames]:
-    """Of the module of a layer that holds the experts, and of an expert's matrices."""
-    if spec.family == "mixtral":
-        return "block_sparse_moe", MlpNames("w1", "w3", "w2")
-    return "mlp", DENSE
-
-
-def _mlp(
-    module: str, names: MlpNames, hidden: int, inner: int, bias: bool
-) -> dict[str, tuple[int, int, bool]]:
-    """(outputs, inputs, whether it has a bias) of each matrix."""
+def _linears(spec: ModelSpec) -> dict[str, tuple[int, int, bool]]:
+    """By role: outputs, inputs, and whether there is a bias."""
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    query_size = spec.num_heads * spec.head_dim
+    kv_size = spec.num_kv_heads * spec.head_dim
     return {
-        f"{module}.{names.gate}": (inner, hidden, bias),
-        f"{module}.{names.up}": (inner, hidden, bias),
-        f"{module}.{names.down}": (hidden, inner, bias),
+        roles.QUERY: (query_size, hidden, spec.qkv_bias),
+        roles.KEY: (kv_size, hidden, spec.qkv_bias),
+        roles.VALUE: (kv_size, hidden, spec.qkv_bias),
+        roles.OUTPUT: (hidden, query_size, spec.output_bias),
+        roles.GATE: (inner, hidden, spec.mlp_bias),
+        roles.UP: (inner, hidden, spec.mlp_bias),
+        roles.DOWN: (hidden, inner, spec.mlp_bias),
     }
 
 
-def _sparse_tensors(spec: ModelSpec, moe: MoeSpec) -> dict[str, Shape]:
-    module, names = moe_names(spec)
-    hidden = spec.hidden_size
-    shapes: dict[str, Shape] = {f"{module}.gate.weight": (moe.num_experts, hidden)}
-    matrices: dict[str, tuple[int, int, bool]] = {}
-    for expert in range(moe.num_experts):
-        inner = moe.intermediate_size
-        matrices |= _mlp(f"{module}.experts.{expert}", names, hidden, inner, False)
-    if moe.shared_size:
-        matrices |= _mlp(f"{module}.shared_expert", names, hidden, moe.shared_size, False)
-        shapes[f"{module}.shared_expert_gate.weight"] = (1, hidden)
-    return shapes | {f"{name}.weight": size[:2] for name, size in matrices.items()}
+def _norms(spec: ModelSpec) -> dict[str, int]:
+    """By role: how many numbers."""
+    whole = spec.norms.projections
+    hidden = (roles.INPUT_NORM, roles.ATTENDED_NORM, roles.MLP_NORM, roles.MLP_OUTPUT_NORM)
+    return {
+        **dict.fromkeys(hidden, spec.hidden_size),
+        roles.QUERY_NORM: spec.head_dim * (spec.num_heads if whole else 1),
+        roles.KEY_NORM: spec.head_dim * (spec.num_kv_heads if whole else 1),
+    }
 
 
 def stored_tensors(name: str, shape: Shape, way: StoredWeights) -> dict[str, Shape]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from stage_worker.block_ranges import PipelineBlocks
 from stage_worker.boundary_log import BoundaryLog, choose_num_log_blocks, log_block_bytes
 from stage_worker.checkpoint import TORCH_DTYPES
+from stage_worker.cuda_support import check_supported
 from stage_worker.decoding import Decoding, make_decoding
 from stage_worker.kernels import choose_kernels
 from stage_worker.kv_cache import (
@@ -31,7 +32,7 @@ from stage_worker.packed_kv_cache import PackedKvCache
 from stage_worker.payload import resolve_wire_dtype
 from stage_worker.thread_counts import ThreadCounts
 from stage_worker.weights import WeightLoader, routed_tokens
-from stagemesh.errors import ConfigError, OutOfMemory, UnsupportedModel
+from stagemesh.errors import ConfigError, OutOfMemory
 from stagemesh.model_spec import ModelSpec
 from stagemesh.plan import Span
 from stagemesh.quantization import AS_STORED, Quantization
@@ -123,14 +124,12 @@ def load_stage(config: ExecutorConfig, on_progress: Callable[[int, int], None]) 
         raise ConfigError(f"block_size must be at least 1, not {config.block_size_tokens}")
     spec = ModelSpec.from_directory(config.model_dir)
     device = _device(config.device)
-    if spec.moe is not None and device.type != "cpu":
-        raise UnsupportedModel(
-            f"{spec.architecture}: mixtures of experts need device cpu, not {config.device}"
-        )
     dtype_name = resolve_dtype(config.dtype, spec, device)
     dtype = TORCH_DTYPES[dtype_name]
     kv_dtype = resolve_kv_dtype(config.kv_dtype, dtype_name, config.device)
-    kernels = choose_kernels(config.batch_invariant, dtype, device)
+    if device.type == "cuda":
+        check_supported(spec)
+    kernels = choose_kernels(spec, config.batch_invariant, dtype, device)
     numerics = Numerics(dtype, device, config.quantization, config.batch_invariant)
     progress = _Progress(on_progress)
     loader = WeightLoader(config.model_dir, spec, numerics, progress.advance)
@@ -142,8 +141,7 @@ def load_stage(config: ExecutorConfig, on_progress: Callable[[int, int], None]) 
         trim()
         cache = _make_cache(spec, config, dtype, kv_dtype, device)
         log = _make_log(spec, config, cache.num_blocks, dtype)
-        windows = spec.layer_windows[config.span.start : config.span.end]
-        decoding = make_decoding(spec, windows, weights, cache, kernels, dtype)
+        decoding = make_decoding(spec, config.span, weights, cache, kernels, dtype)
     except (RuntimeError, MemoryError) as error:
         raise _as_out_of_memory(error) from error
     facts = ExecutorFacts(

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from stage_worker.attention import Query
+from stage_worker.attention import PLAIN_SCORES, Query, Scores
 from stage_worker.kv_cache import KvCache
 
 
@@ -32,7 +32,9 @@ class Group:
 
 
 class GroupKernel(Protocol):
-    def __call__(self, group: Group, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def __call__(
+        self, group: Group, queries: Tensor, keys: Tensor, values: Tensor, scores: Scores
+    ) -> Tensor:
         """queries: [R, n, H, D]; keys, values: [R, C, K, D] -> [R, n, H, D]."""
         ...
 
@@ -40,9 +42,10 @@ class GroupKernel(Protocol):
 class PaddedAttention:
     """An `Attention`; contexts start and end at multiples of `tile`."""
 
-    def __init__(self, kernel: GroupKernel, tile: int) -> None:
+    def __init__(self, kernel: GroupKernel, tile: int, scores: Scores = PLAIN_SCORES) -> None:
         self._kernel = kernel
         self._tile = tile
+        self._scores = scores
 
     def plan(self, rows: Sequence[Query], window: int | None, cache: KvCache) -> list[Group]:
         return plan_groups(rows, window, self._tile)
@@ -51,7 +54,8 @@ class PaddedAttention:
         output = torch.empty_like(queries)
         for group in plan:
             keys, values = cache.read(layer, group.slots)
-            output[group.tokens] = self._kernel(group, queries[group.tokens], keys, values)
+            own = queries[group.tokens]
+            output[group.tokens] = self._kernel(group, own, keys, values, self._scores)
         return output.flatten(1)
 
 
@@ -86,15 +90,26 @@ def _padded(slots: Tensor, length: int) -> Tensor:
     return torch.cat((slots, slots[-1:].expand(length - slots.shape[0])))
 
 
-def fast_kernel(group: Group, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """torch's fused kernel. With one query a row, the query heads of a KV head are its queries."""
+def fast_kernel(
+    group: Group, queries: Tensor, keys: Tensor, values: Tensor, scores: Scores
+) -> Tensor:
+    """torch's fused kernel, which knows no cap. With one query a row, the query heads of a KV head
+    are its queries."""
+    assert scores.cap is None
     _, num_queries, num_heads, head_dim = queries.shape
     keys, values, mask = keys.transpose(1, 2), values.transpose(1, 2), group.mask[:, None]
     if num_queries == 1:
         grouped = queries.reshape(len(queries), keys.shape[1], -1, head_dim)
         mask = mask.expand(-1, -1, grouped.shape[2], -1)
-        output = torch.nn.functional.scaled_dot_product_attention(grouped, keys, values, mask)
+        output = torch.nn.functional.scaled_dot_product_attention(
+            grouped, keys, values, mask, scale=scores.scale
+        )
         return output.reshape(-1, 1, num_heads, head_dim)
     return torch.nn.functional.scaled_dot_product_attention(
-        queries.transpose(1, 2), keys, values, mask, enable_gqa=keys.shape[1] != num_heads
+        queries.transpose(1, 2),
+        keys,
+        values,
+        mask,
+        scale=scores.scale,
+        enable_gqa=keys.shape[1] != num_heads,
     ).transpose(1, 2)

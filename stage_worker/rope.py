@@ -1,6 +1,6 @@
 """Rotary position embedding: inverse frequencies of every kind, and the rotation itself.
 
-    T tokens, H heads, D head dim
+    T tokens, H heads, D head dim, P <= D dimensions of a head that are rotated
 
 Cosine and sine are computed for the positions of a step, once per step, so there is no table to
 grow, and the angle of a position does not depend on how it was reached.
@@ -13,44 +13,58 @@ import math
 import torch
 from torch import Tensor
 
+from stagemesh.model_spec import ModelSpec
 from stagemesh.rope_spec import RopeSpec
 
 
-def inverse_frequencies(rope: RopeSpec, head_dim: int, total_length: int) -> Tensor:
-    """[D / 2] float32 on the CPU.
+def all_frequencies(spec: ModelSpec, total_length: int) -> tuple[Tensor, ...]:
+    """`inverse_frequencies` of each of the model's `ropes`."""
+    return tuple(inverse_frequencies(rope, spec.head_dim, total_length) for rope in spec.ropes)
 
-    `total_length` (prompt + max_tokens of the request) sets the scale of the dynamic kind, for all
-    positions alike; other kinds do not look at it.
+
+def inverse_frequencies(rope: RopeSpec, head_dim: int, total_length: int) -> Tensor:
+    """[P / 2] float32 on the CPU.
+
+    `total_length` (prompt + max_tokens of the request) sets the scale of the dynamic kind and the
+    factors of longrope, for all positions alike; other kinds do not look at it.
     """
+    num_dims = rope.rotated_dims(head_dim)
     if rope.kind == "dynamic":
-        return _base_frequencies(_dynamic_theta(rope, head_dim, total_length), head_dim)
-    plain = _base_frequencies(rope.theta, head_dim)
+        return _base_frequencies(_dynamic_theta(rope, num_dims, total_length), num_dims)
+    plain = _base_frequencies(rope.theta, num_dims)
     if rope.kind == "linear":
         return plain / rope.factor
     if rope.kind == "llama3":
         return _llama3(rope, plain)
     if rope.kind == "yarn":
-        return _yarn(rope, head_dim)
+        return _yarn(rope, num_dims)
+    if rope.kind == "longrope":
+        is_long = total_length > rope.original_max_position
+        factors = torch.tensor(rope.long_factors if is_long else rope.short_factors)
+        return 1.0 / (factors * rope.theta ** _exponents(num_dims))
     return plain
 
 
 def angles(positions: Tensor, frequencies: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [T, 1, D / 2], float32, times the attention factor.
+    """Cosine and sine [T, 1, P / 2], float32, times the attention factor.
 
-    positions: [T]; frequencies: [D / 2], or [T, D / 2] where sequences differ.
+    positions: [T]; frequencies: [P / 2], or [T, P / 2] where sequences differ.
     """
     theta = positions.to(torch.float32)[:, None] * frequencies
     return (theta.cos() * factor)[:, None], (theta.sin() * factor)[:, None]
 
 
 def both_halves(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """What `rotate` multiplies by, [T, 1, D], from cosine and sine [T, 1, D / 2]."""
+    """What `rotate` multiplies by, [T, 1, P], from cosine and sine [T, 1, P / 2]."""
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: [T, H, D], whose two halves are the two coordinates; cos and sin, in x's dtype, are those
-    of `both_halves`."""
+    """x: [T, H, D], the two halves of whose first P dimensions are the two coordinates; cos and
+    sin, in x's dtype, are those of `both_halves`."""
+    num_dims = cos.shape[-1]
+    if num_dims < x.shape[-1]:
+        return torch.cat((rotate(x[..., :num_dims], cos, sin), x[..., num_dims:]), dim=-1)
     turned = x.roll(x.shape[-1] // 2, dims=-1).mul_(sin)
     return turned.add_(x * cos)
 

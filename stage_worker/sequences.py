@@ -32,7 +32,7 @@ class Sequence:
     run: int
     state: SequenceState
     outputs: list[int]
-    frequencies: Tensor
+    frequencies: tuple[Tensor, ...]
     blocks: list[int] = field(default_factory=list)
     slots: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     _array: tuple[list[int], NDArray[np.int32]] | None = None
@@ -111,7 +111,7 @@ class SequenceTable:
         if held is not None and held.run <= gone.run:
             del self._held[gone.sequence_id]
 
-    def update(self, row: Row, frequencies: Tensor | None) -> Sequence:
+    def update(self, row: Row, frequencies: tuple[Tensor, ...] | None) -> Sequence:
         """The sequence as it stands for this row, which may concern this stage or pass it by.
 
         `frequencies` are its rotary ones where the row brings state. Raises ProtocolError.
@@ -129,7 +129,7 @@ class SequenceTable:
         sequence.learn(row)
         return sequence
 
-    def _sequence(self, row: Row, frequencies: Tensor | None) -> Sequence:
+    def _sequence(self, row: Row, frequencies: tuple[Tensor, ...] | None) -> Sequence:
         held = self._held.get(row.sequence_id)
         if held is not None and row.run < held.run:
             raise _refused(row, f"is older than run {held.run}, which is held")

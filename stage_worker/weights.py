@@ -12,18 +12,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stage_worker import weight_names as roles
 from stage_worker.checkpoint import Checkpoint
 from stage_worker.experts import DenseMlp, Router, SharedExpert, SparseMlp
 from stage_worker.layout import (
-    DENSE,
     EMBEDDING,
     NORM,
-    MlpNames,
     all_parts,
     head_name,
     is_quantisable,
-    is_sparse,
-    moe_names,
     part_weights,
     span_parts,
     stored_way,
@@ -31,6 +28,7 @@ from stage_worker.layout import (
 from stage_worker.linear import Linear, LinearSource, PlainLinear
 from stage_worker.linear_schemes import Numerics, choose_scheme, make_float
 from stage_worker.stored_weights import open_codes
+from stage_worker.weight_names import is_sparse, moe_names, names_of, tensor_name
 from stage_worker.weight_source import FloatSource, WeightSource
 from stagemesh.model_spec import ModelSpec
 from stagemesh.plan import Span
@@ -38,13 +36,20 @@ from stagemesh.plan import Span
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    input_norm: Tensor
+    """Norms are there as far as the model has them: of what attention and the feed-forward part
+    take (`input_norm`, `mlp_norm`), of what they give (`attended_norm`, `mlp_output_norm`), of
+    queries and keys.
+    """
+
+    input_norm: Tensor | None
     qkv: Linear
     query_norm: Tensor | None
     key_norm: Tensor | None
     output: Linear
-    post_attention_norm: Tensor
+    attended_norm: Tensor | None
+    mlp_norm: Tensor | None
     mlp: DenseMlp | SparseMlp
+    mlp_output_norm: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +90,7 @@ class WeightLoader:
         """
         shapes = part_weights(self._spec, part)
         linears = [name for name in shapes if is_quantisable(name) or name == head_name(self._spec)]
-        others = [self._view(name) for name in shapes if name not in linears]
-        num_bytes = self._numerics.dtype.itemsize * sum(view.numel() for view in others)
+        num_bytes = sum(self._float_bytes(name) for name in shapes if name not in linears)
         if part == "embedding":
             return self._embedding_bytes()
         for name in linears:
@@ -106,7 +110,7 @@ class WeightLoader:
         """Raises what `span_bytes` does."""
         layers = tuple(self._layer(i) for i in range(span.start, span.end))
         embedding, head = self._ends(span)
-        norm = self._vector(NORM) if head is not None else None
+        norm = self._norm(NORM) if head is not None else None
         self._files.close()
         return StageWeights(embedding, layers, norm, head)
 
@@ -121,42 +125,47 @@ class WeightLoader:
         return embedding, self._linear("head", head_name(self._spec)) if last else None
 
     def _layer(self, layer: int) -> LayerWeights:
-        part = f"layer.{layer}"
-        prefix = f"model.layers.{layer}."
-        attention = prefix + "self_attn."
-        qk_norm = self._spec.qk_norm
+        def linear(*held: str) -> Linear:
+            return self._linear(f"layer.{layer}", *names_of(self._spec, layer, *held))
+
+        def norm(role: str) -> Tensor | None:
+            found = names_of(self._spec, layer, role)
+            return self._norm(found[0]) if found else None
+
         return LayerWeights(
-            input_norm=self._vector(prefix + "input_layernorm.weight"),
-            qkv=self._linear(part, *(f"{attention}{x}_proj.weight" for x in "qkv")),
-            query_norm=self._vector(attention + "q_norm.weight") if qk_norm else None,
-            key_norm=self._vector(attention + "k_norm.weight") if qk_norm else None,
-            output=self._linear(part, attention + "o_proj.weight"),
-            post_attention_norm=self._vector(prefix + "post_attention_layernorm.weight"),
-            mlp=self._feed_forward(part, layer),
+            input_norm=norm(roles.INPUT_NORM),
+            qkv=linear(roles.QUERY, roles.KEY, roles.VALUE),
+            query_norm=norm(roles.QUERY_NORM),
+            key_norm=norm(roles.KEY_NORM),
+            output=linear(roles.OUTPUT),
+            attended_norm=norm(roles.ATTENDED_NORM),
+            mlp_norm=norm(roles.MLP_NORM),
+            mlp=self._experts(layer)
+            if is_sparse(self._spec, layer)
+            else DenseMlp(linear(roles.GATE, roles.UP), linear(roles.DOWN)),
+            mlp_output_norm=norm(roles.MLP_OUTPUT_NORM),
         )
 
-    def _feed_forward(self, part: str, layer: int) -> DenseMlp | SparseMlp:
-        prefix = f"model.layers.{layer}."
-        if not is_sparse(self._spec, layer):
-            return self._mlp(part, prefix + "mlp", DENSE)
+    def _experts(self, layer: int) -> SparseMlp:
         moe = self._spec.moe
         assert moe is not None
         module, names = moe_names(self._spec)
-        module = prefix + module
+
+        def mlp(name: str) -> DenseMlp:
+            gate, up, down = (tensor_name(layer, f"{module}.{name}.{x}") for x in names)
+            part = f"layer.{layer}"
+            return DenseMlp(self._linear(part, gate, up), self._linear(part, down))
+
         shared = None
         if moe.shared_size:
-            gate = self._plain(f"{module}.shared_expert_gate.weight")
-            shared = SharedExpert(self._mlp(part, f"{module}.shared_expert", names), gate)
-        scores = self._plain(f"{module}.gate.weight")
+            gate = self._plain(tensor_name(layer, f"{module}.shared_expert_gate"))
+            shared = SharedExpert(mlp("shared_expert"), gate)
+        scores = self._plain(tensor_name(layer, f"{module}.gate"))
         return SparseMlp(
             Router(scores, moe.num_chosen, moe.renormalised),
-            [self._mlp(part, f"{module}.experts.{i}", names) for i in range(moe.num_experts)],
+            [mlp(f"experts.{i}") for i in range(moe.num_experts)],
             shared,
         )
-
-    def _mlp(self, part: str, module: str, names: MlpNames) -> DenseMlp:
-        gate, up, down = (f"{module}.{name}.weight" for name in names)
-        return DenseMlp(self._linear(part, gate, up), self._linear(part, down))
 
     def _linear(self, part: str, *names: str) -> Linear:
         biases = [name.removesuffix("weight") + "bias" for name in names]
@@ -179,15 +188,24 @@ class WeightLoader:
     def _embedding_bytes(self) -> int:
         return self._embedding_dtype().itemsize * self._view(EMBEDDING).numel()
 
+    def _float_bytes(self, name: str) -> int:
+        """Of what is never quantised: biases, norms, and what chooses experts."""
+        dtype = self._norm_dtype() if name.endswith("norm.weight") else self._numerics.dtype
+        return self._view(name).numel() * dtype.itemsize
+
     def _embedding_dtype(self) -> torch.dtype:
         """What is looked up is converted then: float32 would only take more memory."""
         dtype, stored = self._numerics.dtype, self._view(EMBEDDING).dtype
         return stored if stored.itemsize < dtype.itemsize else dtype
 
-    def _vector(self, name: str) -> Tensor:
-        vector = self._view(name).to(self._numerics.device, self._numerics.dtype, copy=True)
-        self._on_bytes(vector.nbytes)
-        return vector
+    def _norm(self, name: str) -> Tensor:
+        """What is multiplied by, whatever of it files leave out."""
+        stored = self._view(name).to(self._numerics.device, self._norm_dtype(), copy=True)
+        self._on_bytes(stored.nbytes)
+        return stored.add_(self._spec.norms.offset)
+
+    def _norm_dtype(self) -> torch.dtype:
+        return torch.float32 if self._spec.norms.wide else self._numerics.dtype
 
     def _source(self, name: str) -> WeightSource:
         way = stored_way(self._spec, name)

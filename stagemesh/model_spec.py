@@ -1,8 +1,8 @@
 """What a model is: the meaning of its config.json, for one decoder with flags.
 
-Covers the families Llama, Mistral, Qwen2 and Qwen3, and their mixtures of experts. What would
-change the numbers and is not understood is an UnsupportedModel that names the key. Knows neither
-tensors nor files of weights.
+Which families there are, and what each looks at, is in `stagemesh.families`. What would change the
+numbers and is not understood is an UnsupportedModel that names the key. Knows neither tensors nor
+files of weights.
 """
 
 from __future__ import annotations
@@ -13,41 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stagemesh.config_values import integer, number, token_ids
 from stagemesh.errors import CheckpointError, UnsupportedModel
-from stagemesh.moe_spec import MOE_FAMILIES, MoeSpec, parse_moe
-from stagemesh.rope_spec import RopeSpec, parse_rope
+from stagemesh.families import Norms, Scales, find_family, has_qkv_bias, parse_scales
+from stagemesh.layer_kinds import layer_ropes, layer_windows
+from stagemesh.moe_spec import MoeSpec, parse_moe
+from stagemesh.rope_spec import RopeSpec
 from stagemesh.stored_format import StoredFormat, parse_stored_format
 
 DTYPES = ("float32", "bfloat16", "float16")
-_FAMILIES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "MixtralForCausalLM": "mixtral",
-    "Qwen2MoeForCausalLM": "qwen2_moe",
-    "Qwen3MoeForCausalLM": "qwen3_moe",
-}
-# Keys of neighbouring families that change the numbers, and the values at which they do not.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-    "query_pre_attn_scalar": (None,),
-    "embedding_multiplier": (None, 1, 1.0),
-    "residual_multiplier": (None, 1, 1.0),
-    "attention_multiplier": (None,),
-    "logits_scaling": (None, 1, 1.0),
-    "no_rope_layers": (None, []),
-    "attention_chunk_size": (None,),
-    "add_cross_attention": (None, False),
-    "is_encoder_decoder": (None, False),
-}
-# Families with one window for all layers, and what it is where the config does not say.
-_ONE_WINDOW = {"mistral": 4096, "mixtral": None}
-_WITHOUT_EXPERTS: dict[str, tuple[Any, ...]] = {
-    "num_local_experts": (None, 0, 1),
-    "num_experts": (None, 0),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +29,11 @@ class ModelSpec:
     """One decoder-only model.
 
     `layer_windows[i]` is the sliding window of layer i in tokens, the query's own included;
-    None for the whole context. `context_length` is the longest sequence that the model is meant
-    for. `moe` is None where no layer has experts. `dtype` is that of the files, as the config has
-    it; `stored` is how they hold weights that are quantised, None where none are.
+    None for the whole context; `layer_ropes[i]` says which of `ropes` it has, None for none: the
+    first of them is that of layers that see everything. `context_length` is the longest sequence
+    that the model is meant for. `moe` is None where no layer has experts. `dtype` is that of the
+    files, as the config has it; `stored` is how they hold weights that are quantised, None where
+    none are.
     """
 
     architecture: str
@@ -71,18 +47,29 @@ class ModelSpec:
     vocab_size: int
     max_position: int
     rms_norm_eps: float
-    rope: RopeSpec
+    ropes: tuple[RopeSpec, ...]
+    layer_ropes: tuple[int | None, ...]
     layer_windows: tuple[int | None, ...]
+    norms: Norms
+    scales: Scales
+    activation: str
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
-    qk_norm: bool
     moe: MoeSpec | None
     tie_embeddings: bool
     dtype: str
     stored: StoredFormat | None
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
+
+    @property
+    def rope(self) -> RopeSpec:
+        return self.ropes[0]
+
+    @property
+    def qk_norm(self) -> bool:
+        return self.norms.heads or self.norms.projections
 
     @property
     def context_length(self) -> int:
@@ -93,7 +80,7 @@ class ModelSpec:
     @property
     def dynamic_rope_length(self) -> int:
         """Length above which KV depends on a request's total length; 0 for never."""
-        return self.rope.original_max_position if self.rope.kind == "dynamic" else 0
+        return self.rope.original_max_position if self.rope.depends_on_length else 0
 
     @property
     def sliding_window(self) -> int | None:
@@ -115,102 +102,44 @@ class ModelSpec:
 
 def parse_config(config: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelSpec:
     """The spec of a parsed config.json and generation_config.json; errors as `from_directory`."""
-    architecture, family = _architecture(config)
-    _refuse_unsupported(config, family)
-    num_layers = _integer(config, "num_hidden_layers")
-    num_heads = _integer(config, "num_attention_heads")
-    hidden_size = _integer(config, "hidden_size")
-    max_position = _integer(config, "max_position_embeddings")
+    architecture, family = find_family(config)
+    num_layers = integer(config, "num_hidden_layers")
+    num_heads = integer(config, "num_attention_heads")
+    hidden_size = integer(config, "hidden_size")
+    max_position = integer(config, "max_position_embeddings")
+    attention_bias = family.attention_bias and bool(config.get("attention_bias", False))
+    windows = layer_windows(config, family, num_layers)
+    ropes, rope_of_layer = layer_ropes(config, family, windows, max_position)
     spec = ModelSpec(
         architecture=architecture,
-        family=family,
+        family=family.name,
         num_layers=num_layers,
         hidden_size=hidden_size,
         num_heads=num_heads,
-        num_kv_heads=_integer(config, "num_key_value_heads", num_heads),
-        head_dim=_integer(
-            config, "head_dim", 128 if family == "qwen3" else hidden_size // num_heads
-        ),
-        intermediate_size=_integer(config, "intermediate_size"),
-        vocab_size=_integer(config, "vocab_size"),
+        num_kv_heads=integer(config, "num_key_value_heads", num_heads),
+        head_dim=integer(config, "head_dim", family.head_dim or hidden_size // num_heads),
+        intermediate_size=integer(config, "intermediate_size"),
+        vocab_size=integer(config, "vocab_size"),
         max_position=max_position,
-        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        rope=parse_rope(config, max_position),
-        layer_windows=_layer_windows(config, family, num_layers),
-        qkv_bias=_has_qkv_bias(config, family),
-        output_bias=_has_attention_bias(config, family),
-        mlp_bias=family == "llama" and bool(config.get("mlp_bias", False)),
-        qk_norm=family in ("qwen3", "qwen3_moe"),
-        moe=parse_moe(config, family, num_layers),
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        rms_norm_eps=number(config, "rms_norm_eps", family.rms_norm_eps),
+        ropes=ropes,
+        layer_ropes=rope_of_layer,
+        layer_windows=windows,
+        norms=family.norms,
+        scales=parse_scales(config, family, hidden_size),
+        activation=family.activation,
+        qkv_bias=has_qkv_bias(config, family) or attention_bias,
+        output_bias=attention_bias,
+        mlp_bias=family.mlp_bias and bool(config.get("mlp_bias", False)),
+        moe=parse_moe(config, family.name, num_layers),
+        tie_embeddings=bool(config.get("tie_word_embeddings", family.tie_embeddings)),
         dtype=_dtype(config),
         stored=parse_stored_format(config),
-        eos_token_ids=_token_ids(generation, "eos_token_id") or _token_ids(config, "eos_token_id"),
-        bos_token_id=next(iter(_token_ids({**config, **generation}, "bos_token_id")), None),
+        eos_token_ids=token_ids(generation, "eos_token_id") or token_ids(config, "eos_token_id"),
+        bos_token_id=next(iter(token_ids({**config, **generation}, "bos_token_id")), None),
     )
     _check(spec)
     return spec
-
-
-def _architecture(config: Mapping[str, Any]) -> tuple[str, str]:
-    named = config.get("architectures") or []
-    model_type = config.get("model_type")
-    if not named:  # a bare config: the type decides
-        named = [name for name, family in _FAMILIES.items() if family == model_type]
-    name = str(named[0]) if named else ""
-    if name not in _FAMILIES:
-        raise UnsupportedModel(
-            f"architectures: {name or model_type!r} is not supported "
-            f"(known: {', '.join(_FAMILIES)})"
-        )
-    return name, _FAMILIES[name]
-
-
-def _refuse_unsupported(config: Mapping[str, Any], family: str) -> None:
-    for key in ("hidden_act", "hidden_activation"):
-        if config.get(key, "silu") not in ("silu", "swish", None):
-            raise UnsupportedModel(f"{key} {config[key]!r} is not supported (known: silu)")
-    keys = _NEUTRAL if family in MOE_FAMILIES else {**_NEUTRAL, **_WITHOUT_EXPERTS}
-    for key, neutral in keys.items():
-        if config.get(key) not in neutral:
-            raise UnsupportedModel(f"{key} {config[key]!r} is not supported in {family} models")
-
-
-def _has_attention_bias(config: Mapping[str, Any], family: str) -> bool:
-    return bool(config.get("attention_bias")) and family in ("llama", "qwen3", "qwen3_moe")
-
-
-def _has_qkv_bias(config: Mapping[str, Any], family: str) -> bool:
-    if family == "qwen2_moe":
-        return bool(config.get("qkv_bias", True))
-    return family == "qwen2" or _has_attention_bias(config, family)
-
-
-def _layer_windows(
-    config: Mapping[str, Any], family: str, num_layers: int
-) -> tuple[int | None, ...]:
-    """Llama has none, Mistral one for all layers, Qwen one for those that its config names."""
-    if family == "llama":
-        return (None,) * num_layers
-    window = _integer(config, "sliding_window", 4096) if _has_window(config, family) else None
-    types = config.get("layer_types")
-    if family in _ONE_WINDOW or window is None:
-        uniform = ["sliding_attention" if window else "full_attention"] * num_layers
-        if types is not None and types != uniform:
-            raise UnsupportedModel("layer_types: layers of both kinds are not supported here")
-        return (window,) * num_layers
-    if types is None:
-        first = _integer(config, "max_window_layers", 28, minimum=0)
-        return tuple(window if i >= first else None for i in range(num_layers))
-    if len(types) != num_layers or set(types) - {"full_attention", "sliding_attention"}:
-        raise UnsupportedModel(f"layer_types {types!r} is not supported")
-    return tuple(window if kind == "sliding_attention" else None for kind in types)
-
-
-def _has_window(config: Mapping[str, Any], family: str) -> bool:
-    if family in _ONE_WINDOW:
-        return config.get("sliding_window", _ONE_WINDOW[family]) is not None
-    return bool(config.get("use_sliding_window")) and config.get("sliding_window", 1) is not None
 
 
 def _dtype(config: Mapping[str, Any]) -> str:
@@ -227,28 +156,22 @@ def _check(spec: ModelSpec) -> None:
             f"config.json: num_attention_heads {spec.num_heads} is no multiple of "
             f"num_key_value_heads {spec.num_kv_heads}"
         )
-    if spec.head_dim % 2:
-        raise CheckpointError(f"config.json: head_dim {spec.head_dim} is odd")
-    if not spec.rms_norm_eps > 0:
-        raise CheckpointError(f"config.json: rms_norm_eps {spec.rms_norm_eps} is not positive")
-
-
-def _integer(
-    config: Mapping[str, Any], key: str, default: int | None = None, minimum: int = 1
-) -> int:
-    value = config.get(key)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise CheckpointError(f"config.json: {key} must be an integer >= {minimum}, not {value!r}")
-    return value
-
-
-def _token_ids(config: Mapping[str, Any], key: str) -> tuple[int, ...]:
-    value = config.get(key)
-    ids = [] if value is None else value if isinstance(value, list) else [value]
-    if any(isinstance(one, bool) or not isinstance(one, int) or one < 0 for one in ids):
-        raise CheckpointError(f"{key} must be a token id or a list of them, not {value!r}")
-    return tuple(dict.fromkeys(ids))
+    for rope in spec.ropes:
+        rotated = rope.rotated_dims(spec.head_dim)
+        if rotated % 2 or not 0 < rotated <= spec.head_dim:
+            share = "" if rope.share == 1.0 else f" and partial_rotary_factor {rope.share}"
+            raise CheckpointError(
+                f"config.json: head_dim {spec.head_dim}{share}: {rotated} dimensions cannot be "
+                "rotated in pairs"
+            )
+        for key, factors in (
+            ("short_factor", rope.short_factors),
+            ("long_factor", rope.long_factors),
+        ):
+            if factors and len(factors) != rotated // 2:
+                raise CheckpointError(
+                    f"config.json: {key} has {len(factors)} numbers for {rotated // 2} frequencies"
+                )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

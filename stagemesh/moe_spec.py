@@ -12,7 +12,7 @@ from typing import Any
 
 from stagemesh.errors import CheckpointError
 
-MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
+_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class MoeSpec:
 
 def parse_moe(config: Mapping[str, Any], family: str, num_layers: int) -> MoeSpec | None:
     """Of a parsed config.json; None for families without experts. Raises CheckpointError."""
-    if family not in MOE_FAMILIES:
+    if family not in _FAMILIES:
         return None
     num_experts = _count(config, "num_experts", "num_local_experts")
     num_chosen = _count(config, "num_experts_per_tok")

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from stagemesh.config_values import number, numbers
 from stagemesh.errors import CheckpointError, UnsupportedModel
 
-KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
+KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 _KNOWN_KEYS = {
     "rope_type",
     "type",
@@ -30,6 +31,7 @@ _KNOWN_KEYS = {
     "truncate",
     "partial_rotary_factor",
 }
+_LONGROPE_KEYS = {"short_factor", "long_factor"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,8 @@ class RopeSpec:
     """Parameters of one kind of rotary embedding; those that the kind does not use are neutral.
 
     `attention_factor` multiplies cosine and sine. `original_max_position` is the context that the
-    model was trained with before it was stretched.
+    model was trained with before it was stretched. Of a head's dimensions the first `share` are
+    rotated. `short_factors` and `long_factors` divide longrope's frequencies, one by one.
     """
 
     kind: str
@@ -50,15 +53,33 @@ class RopeSpec:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+    share: float = 1.0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether a request's total length decides how its positions turn."""
+        return self.kind in ("dynamic", "longrope")
+
+    def rotated_dims(self, head_dim: int) -> int:
+        return int(head_dim * self.share)
 
 
-def parse_rope(config: Mapping[str, Any], max_position: int) -> RopeSpec:
-    """The rope of a parsed config.json; raises UnsupportedModel naming the key."""
+def parse_rope(
+    config: Mapping[str, Any],
+    max_position: int,
+    *,
+    default_theta: float = 10000.0,
+    allows_partial: bool = False,
+) -> RopeSpec:
+    """The rope of a parsed config.json; raises UnsupportedModel, CheckpointError naming the key."""
     parameters = _parameters(config)
+    share = _share(config, parameters, allows_partial)
     kind = str(parameters.get("rope_type") or parameters.get("type") or "default")
     if kind not in KINDS:
         raise UnsupportedModel(f"rope_type {kind!r} is not supported (known: {', '.join(KINDS)})")
-    _refuse_unknown(parameters)
+    _refuse_unknown(parameters, kind)
     original = (
         config.get("original_max_position_embeddings")
         or parameters.get("original_max_position_embeddings")
@@ -67,17 +88,23 @@ def parse_rope(config: Mapping[str, Any], max_position: int) -> RopeSpec:
     if kind == "dynamic":  # scales from the context it is configured with, whatever else is said
         original = max_position
     factor = _factor(kind, parameters, max_position / original)
+    is_long = kind == "longrope"
+    if is_long and original == max_position:
+        raise CheckpointError("config.json: longrope lacks its original_max_position_embeddings")
     return RopeSpec(
         kind=kind,
-        theta=_number(parameters, "rope_theta", config.get("rope_theta", 10000.0)),
+        theta=number(parameters, "rope_theta", config.get("rope_theta", default_theta)),
         original_max_position=int(original),
         factor=factor,
-        attention_factor=_attention_factor(parameters, factor) if kind == "yarn" else 1.0,
-        low_freq_factor=_number(parameters, "low_freq_factor", 1.0),
-        high_freq_factor=_number(parameters, "high_freq_factor", 4.0),
-        beta_fast=_number(parameters, "beta_fast", 32.0),
-        beta_slow=_number(parameters, "beta_slow", 1.0),
+        attention_factor=_attention_factor(kind, parameters, factor, original),
+        low_freq_factor=number(parameters, "low_freq_factor", 1.0),
+        high_freq_factor=number(parameters, "high_freq_factor", 4.0),
+        beta_fast=number(parameters, "beta_fast", 32.0),
+        beta_slow=number(parameters, "beta_slow", 1.0),
         truncate=bool(parameters.get("truncate", True)),
+        share=share,
+        short_factors=numbers(parameters, "short_factor") if is_long else (),
+        long_factors=numbers(parameters, "long_factor") if is_long else (),
     )
 
 
@@ -86,15 +113,21 @@ def _parameters(config: Mapping[str, Any]) -> Mapping[str, Any]:
     for key, value in merged.items():
         if isinstance(value, Mapping):
             raise UnsupportedModel(f"rope_parameters[{key!r}]: rope per kind of layer")
-    partial = merged.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if partial is not None and partial != 1.0:
-        raise UnsupportedModel(f"partial_rotary_factor {partial}: only whole heads are rotated")
     return merged
 
 
-def _refuse_unknown(parameters: Mapping[str, Any]) -> None:
+def _share(config: Mapping[str, Any], parameters: Mapping[str, Any], allows_partial: bool) -> float:
+    told = parameters if "partial_rotary_factor" in parameters else config
+    share = number(told, "partial_rotary_factor", 1.0)
+    if share != 1.0 and not allows_partial:
+        raise UnsupportedModel(f"partial_rotary_factor {share}: only whole heads are rotated")
+    return share
+
+
+def _refuse_unknown(parameters: Mapping[str, Any], kind: str) -> None:
+    known = _KNOWN_KEYS | _LONGROPE_KEYS if kind == "longrope" else _KNOWN_KEYS
     for key, value in parameters.items():
-        if key not in _KNOWN_KEYS and value is not None:
+        if key not in known and value is not None:
             raise UnsupportedModel(f"rope parameter {key!r} is not supported")
 
 
@@ -102,16 +135,23 @@ def _factor(kind: str, parameters: Mapping[str, Any], ratio: float) -> float:
     if kind == "default":
         return 1.0
     if parameters.get("factor") is None:
-        if kind == "yarn":
+        if kind in ("yarn", "longrope"):
             return ratio
         raise CheckpointError(f"config.json: rope of kind {kind!r} lacks its factor")
-    return _number(parameters, "factor", 1.0)
+    return number(parameters, "factor", 1.0)
 
 
-def _attention_factor(parameters: Mapping[str, Any], factor: float) -> float:
-    """How YaRN makes up for flatter attention (arXiv 2309.00071, section 3.4)."""
+def _attention_factor(
+    kind: str, parameters: Mapping[str, Any], factor: float, original: float
+) -> float:
+    """How stretched models make up for flatter attention (YaRN: arXiv 2309.00071, section 3.4;
+    LongRoPE: arXiv 2402.13753)."""
+    if kind not in ("yarn", "longrope"):
+        return 1.0
     if parameters.get("attention_factor") is not None:
-        return _number(parameters, "attention_factor", 1.0)
+        return number(parameters, "attention_factor", 1.0)
+    if kind == "longrope":
+        return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     numerator, denominator = parameters.get("mscale"), parameters.get("mscale_all_dim")
     if numerator and denominator:
         return _mscale(factor, float(numerator)) / _mscale(factor, float(denominator))
@@ -120,11 +160,3 @@ def _attention_factor(parameters: Mapping[str, Any], factor: float) -> float:
 
 def _mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-
-
-def _number(parameters: Mapping[str, Any], key: str, default: float) -> float:
-    value = parameters.get(key)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise CheckpointError(f"config.json: {key} must be a positive number, not {value!r}")
-    return float(value)

@@ -128,7 +128,7 @@ UNSUPPORTED = {
     "hidden_act": {"hidden_act": "gelu"},
     "quantization_config": {"quantization_config": {"quant_method": "hqq"}},
     "partial_rotary_factor": {"partial_rotary_factor": 0.5},
-    "rope_type": {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
+    "rope_type": {"rope_scaling": {"rope_type": "proportional", "factor": 2.0}},
     "mystery": {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "mystery": 1}},
     "dtype": {"torch_dtype": "float64"},
     "logits_scaling": {"logits_scaling": 8.0},
