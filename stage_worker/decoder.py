@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from stage_worker.attention import Attention
+from stage_worker.collectives import ALONE, Group
 from stage_worker.kernels import Kernels
 from stage_worker.kv_cache import KvCache
 from stage_worker.rope import rotate
-from stage_worker.sampler import greedy_tokens
+from stage_worker.sharding import Shards
+from stage_worker.vocabulary import Vocabulary
 from stage_worker.weights import LayerWeights, StageWeights
 from stagemesh.model_spec import ModelSpec
 
@@ -46,7 +48,11 @@ class Batch:
 
 
 class Decoder:
-    """`windows` are those of the stage's own layers."""
+    """`windows` are those of the stage's own layers.
+
+    As a rank of a group it computes its part of each layer (`spec` and `shards` say which), and
+    the group sums what the parts give; hidden states are the same on every rank.
+    """
 
     def __init__(
         self,
@@ -56,8 +62,12 @@ class Decoder:
         cache: KvCache,
         kernels: Kernels,
         dtype: torch.dtype,
+        shards: Shards | None = None,
+        group: Group = ALONE,
     ) -> None:
         self._spec = spec
+        self._group = group
+        self._vocabulary = Vocabulary(shards or Shards(spec), group)
         self._windows = windows
         self._weights = weights
         self._cache = cache
@@ -72,7 +82,7 @@ class Decoder:
     def embed(self, token_ids: Tensor) -> Tensor:
         """[T] -> [T, E]; on the first stage."""
         assert self._weights.embedding is not None
-        return torch.nn.functional.embedding(token_ids, self._weights.embedding).to(self._dtype)
+        return self._vocabulary.look_up(self._weights.embedding, token_ids, self._dtype)
 
     def forward(self, hidden: Tensor | None, batch: Batch) -> Tensor:
         """[T, E] -> [T, E] through the stage's layers; writes their KV. Without input the batch's
@@ -82,20 +92,24 @@ class Decoder:
             hidden = self.embed(batch.token_ids)
         for i, layer in enumerate(self._weights.layers):
             normed = self._norm(hidden, layer.input_norm)
-            hidden += self._attention(normed, i, layer, batch)
+            hidden += self._group.all_reduce(self._attention(normed, i, layer, batch))
             normed = self._norm(hidden, layer.post_attention_norm)
-            hidden += layer.mlp(normed, self._kernels.silu)
+            hidden += self._group.all_reduce(layer.mlp(normed, self._kernels.silu))
         return hidden
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[T, E] -> [T, V] float32; on the last stage."""
-        assert self._weights.norm is not None
-        assert self._weights.head is not None
-        return self._weights.head(self._norm(hidden, self._weights.norm)).float()
+    def logits(self, hidden: Tensor) -> Tensor | None:
+        """[T, E] -> [T, V] float32; on the last stage. None on ranks but the first."""
+        return self._vocabulary.gathered(self._own_logits(hidden))
 
     def greedy(self, hidden: Tensor) -> list[int]:
         """[T, E] -> the likeliest token of each, -1 where numbers are not finite."""
-        return greedy_tokens(self.logits(hidden))
+        return self._vocabulary.greedy(self._own_logits(hidden))
+
+    def _own_logits(self, hidden: Tensor) -> Tensor:
+        """Of the tokens that are this rank's."""
+        assert self._weights.norm is not None
+        assert self._weights.head is not None
+        return self._weights.head(self._norm(hidden, self._weights.norm)).float()
 
     def _attention(self, hidden: Tensor, i: int, layer: LayerWeights, batch: Batch) -> Tensor:
         spec = self._spec

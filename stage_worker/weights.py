@@ -30,8 +30,9 @@ from stage_worker.layout import (
 )
 from stage_worker.linear import Linear, LinearSource, PlainLinear
 from stage_worker.linear_schemes import Numerics, choose_scheme, make_float
+from stage_worker.sharding import Shards
 from stage_worker.stored_weights import open_codes
-from stage_worker.weight_source import FloatSource, WeightSource
+from stage_worker.weight_source import FloatSource, WeightSource, part_of
 from stagemesh.model_spec import ModelSpec
 from stagemesh.plan import Span
 
@@ -58,7 +59,7 @@ class StageWeights:
 
 
 class WeightLoader:
-    """Loads from one directory with one choice of numerics."""
+    """Loads from one directory with one choice of numerics; with `shards` only what they have."""
 
     def __init__(
         self,
@@ -66,11 +67,13 @@ class WeightLoader:
         spec: ModelSpec,
         numerics: Numerics,
         on_bytes: Callable[[int], None] = lambda num_bytes: None,
+        shards: Shards | None = None,
     ) -> None:
         self._files = Checkpoint(model_dir)
         self._spec = spec
         self._numerics = numerics
         self._on_bytes = on_bytes
+        self._shards = shards or Shards(spec)
         self._shapes = {
             name: shape
             for part in all_parts(spec)
@@ -85,7 +88,7 @@ class WeightLoader:
         """
         shapes = part_weights(self._spec, part)
         linears = [name for name in shapes if is_quantisable(name) or name == head_name(self._spec)]
-        others = [self._view(name) for name in shapes if name not in linears]
+        others = [self._view(name) for name in shapes if name not in linears and self._has(name)]
         num_bytes = self._numerics.dtype.itemsize * sum(view.numel() for view in others)
         if part == "embedding":
             return self._embedding_bytes()
@@ -162,7 +165,7 @@ class WeightLoader:
         biases = [name.removesuffix("weight") + "bias" for name in names]
         source = LinearSource(
             [self._source(name) for name in names],
-            [self._view(name) for name in biases if name in self._shapes],
+            [self._view(name) for name in biases if name in self._shapes and self._has(name)],
             self._on_bytes,
         )
         return choose_scheme(part, source.weights, self._numerics).make(source, self._numerics)
@@ -193,10 +196,21 @@ class WeightLoader:
         way = stored_way(self._spec, name)
         if way is None:
             return FloatSource(self._view(name))
-        return open_codes(self._files, name, self._shapes[name], way)
+        shape = self._shapes[name]
+        part = self._shards.part(name, shape)
+        assert part is not None
+        return part_of(open_codes(self._files, name, shape, way), part, name)
+
+    def _has(self, name: str) -> bool:
+        return self._shards.part(name, self._shapes[name]) is not None
 
     def _view(self, name: str) -> Tensor:
-        return self._files.view(name, self._shapes[name])
+        """This rank's part of it."""
+        shape = self._shapes[name]
+        part = self._shards.part(name, shape)
+        assert part is not None
+        view = self._files.view(name, shape)
+        return view[part.rows] if len(shape) == 1 else view[part.rows, part.columns]
 
 
 def routed_tokens(weights: StageWeights, span: Span) -> dict[int, Tensor]:

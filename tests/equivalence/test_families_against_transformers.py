@@ -1,13 +1,8 @@
-"""Greedy tokens are those of transformers, for every family and rope scaling, however it is cut.
-
-Where the smallest gap between the two likeliest tokens is at least 100 times the numerical noise
-seen, no tolerance is given: the tokens are the same.
-"""
+"""Greedy tokens are those of transformers, for every family and rope scaling, however it is cut."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,7 +14,8 @@ from support.checkpoints import (
     rope,
     tiny_model,
 )
-from support.stages import Chain, Live, Wish
+from support.greedy import check_greedy
+from support.stages import Chain, Wish
 
 QWEN_MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
 MODELS = [
@@ -109,7 +105,6 @@ MODELS = [
     TinyModel("qwen3-moe-sparse", "Qwen3MoeConfig", {**QWEN_MOE, "decoder_sparse_step": 2}, 1),
 ]
 NUM_TOKENS = 32
-MIN_MARGIN_OVER_NOISE = 100
 
 
 @pytest.fixture(scope="module")
@@ -119,22 +114,6 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def wishes(model: TinyModel) -> list[Wish]:
     return [Wish(p, NUM_TOKENS) for p in prompts(3, (5, 19, 40), SIZES["vocab_size"], model.seed)]
-
-
-def check_greedy(reference: Any, live: Live) -> None:
-    """Teacher-forced: where every token is transformers' choice after the ones before it, the whole
-    is its greedy continuation.
-    """
-    assert len(live.sampled) == NUM_TOKENS
-    expected = reference_logprobs(reference, live.tokens)[len(live.wish.prompt) - 1 : -1]
-    top = expected.topk(2, dim=-1)
-    ids = torch.tensor([token.token_id for token in live.sampled])
-    logprobs = torch.tensor([token.logprob for token in live.sampled])
-    noise = float((logprobs - expected.gather(1, ids[:, None])[:, 0]).abs().max())
-    margin = float((top.values[:, 0] - top.values[:, 1]).min())
-    assert margin >= MIN_MARGIN_OVER_NOISE * noise, f"margin {margin}, noise {noise}: other seed"
-    assert ids.tolist() == top.indices[:, 0].tolist()
-    assert noise < 1e-4
 
 
 @pytest.mark.parametrize("model", MODELS, ids=str)
