@@ -73,7 +73,7 @@ class WorkerCommand(_message.Message):
     def __init__(self, welcome: _Optional[_Union[WelcomeWorker, _Mapping]] = ..., load_span: _Optional[_Union[LoadSpan, _Mapping]] = ..., join_epoch: _Optional[_Union[JoinEpoch, _Mapping]] = ..., leave_epoch: _Optional[_Union[LeaveEpoch, _Mapping]] = ..., refused: _Optional[_Union[_plan_pb2.Error, _Mapping]] = ..., shutdown: _Optional[_Union[ShutdownWorker, _Mapping]] = ...) -> None: ...
 
 class RegisterWorker(_message.Message):
-    __slots__ = ("protocol_version", "worker_id", "incarnation", "address", "model", "fixed_span", "loaded", "device", "dtype", "batch_invariant", "pid", "stagemesh_version", "max_kv_memory_bytes", "available_memory_bytes", "followed_term", "wire_dtype", "kv_dtype", "quantization")
+    __slots__ = ("protocol_version", "worker_id", "incarnation", "address", "model", "fixed_span", "loaded", "device", "dtype", "batch_invariant", "pid", "stagemesh_version", "max_kv_memory_bytes", "available_memory_bytes", "followed_term", "wire_dtype", "kv_dtype", "quantization", "tensor_parallel")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -92,6 +92,7 @@ class RegisterWorker(_message.Message):
     WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     KV_DTYPE_FIELD_NUMBER: _ClassVar[int]
     QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_PARALLEL_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     worker_id: str
     incarnation: int
@@ -110,7 +111,8 @@ class RegisterWorker(_message.Message):
     wire_dtype: _plan_pb2.DType
     kv_dtype: _plan_pb2.DType
     quantization: str
-    def __init__(self, protocol_version: _Optional[int] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., model: _Optional[_Union[ModelSummary, _Mapping]] = ..., fixed_span: _Optional[_Union[LayerSpan, _Mapping]] = ..., loaded: _Optional[_Union[SpanLoaded, _Mapping]] = ..., device: _Optional[str] = ..., dtype: _Optional[_Union[_plan_pb2.DType, str]] = ..., batch_invariant: bool = ..., pid: _Optional[int] = ..., stagemesh_version: _Optional[str] = ..., max_kv_memory_bytes: _Optional[int] = ..., available_memory_bytes: _Optional[int] = ..., followed_term: _Optional[int] = ..., wire_dtype: _Optional[_Union[_plan_pb2.DType, str]] = ..., kv_dtype: _Optional[_Union[_plan_pb2.DType, str]] = ..., quantization: _Optional[str] = ...) -> None: ...
+    tensor_parallel: int
+    def __init__(self, protocol_version: _Optional[int] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., model: _Optional[_Union[ModelSummary, _Mapping]] = ..., fixed_span: _Optional[_Union[LayerSpan, _Mapping]] = ..., loaded: _Optional[_Union[SpanLoaded, _Mapping]] = ..., device: _Optional[str] = ..., dtype: _Optional[_Union[_plan_pb2.DType, str]] = ..., batch_invariant: bool = ..., pid: _Optional[int] = ..., stagemesh_version: _Optional[str] = ..., max_kv_memory_bytes: _Optional[int] = ..., available_memory_bytes: _Optional[int] = ..., followed_term: _Optional[int] = ..., wire_dtype: _Optional[_Union[_plan_pb2.DType, str]] = ..., kv_dtype: _Optional[_Union[_plan_pb2.DType, str]] = ..., quantization: _Optional[str] = ..., tensor_parallel: _Optional[int] = ...) -> None: ...
 
 class ModelSummary(_message.Message):
     __slots__ = ("name", "architecture", "num_layers", "hidden_size", "vocab_size", "max_position", "layer_bytes", "embedding_bytes", "head_bytes", "structure_hash", "part_hashes", "dynamic_rope_length")
@@ -528,7 +530,7 @@ class GetStatusResponse(_message.Message):
     def __init__(self, term: _Optional[int] = ..., mesh: _Optional[_Union[MeshState, _Mapping]] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., pipelines: _Optional[_Iterable[_Union[PipelineStatus, _Mapping]]] = ..., queue: _Optional[_Union[QueueStatus, _Mapping]] = ..., num_gateways: _Optional[int] = ..., uptime_ns: _Optional[int] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "address", "state", "span", "device", "dtype", "pid", "num_blocks", "weight_bytes", "stats", "load_fraction", "draining", "error")
+    __slots__ = ("worker_id", "incarnation", "address", "state", "span", "device", "dtype", "pid", "num_blocks", "weight_bytes", "stats", "load_fraction", "draining", "error", "tensor_parallel")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -543,6 +545,7 @@ class WorkerStatus(_message.Message):
     LOAD_FRACTION_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_PARALLEL_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: int
     address: str
@@ -557,7 +560,8 @@ class WorkerStatus(_message.Message):
     load_fraction: float
     draining: bool
     error: str
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., state: _Optional[_Union[WorkerState, str]] = ..., span: _Optional[_Union[LayerSpan, _Mapping]] = ..., device: _Optional[str] = ..., dtype: _Optional[_Union[_plan_pb2.DType, str]] = ..., pid: _Optional[int] = ..., num_blocks: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., stats: _Optional[_Union[WorkerStats, _Mapping]] = ..., load_fraction: _Optional[float] = ..., draining: bool = ..., error: _Optional[str] = ...) -> None: ...
+    tensor_parallel: int
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., state: _Optional[_Union[WorkerState, str]] = ..., span: _Optional[_Union[LayerSpan, _Mapping]] = ..., device: _Optional[str] = ..., dtype: _Optional[_Union[_plan_pb2.DType, str]] = ..., pid: _Optional[int] = ..., num_blocks: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., stats: _Optional[_Union[WorkerStats, _Mapping]] = ..., load_fraction: _Optional[float] = ..., draining: bool = ..., error: _Optional[str] = ..., tensor_parallel: _Optional[int] = ...) -> None: ...
 
 class PipelineStatus(_message.Message):
     __slots__ = ("pipeline_id", "epoch", "worker_ids", "serving", "num_blocks", "num_free_blocks", "num_cached_blocks", "num_running", "steps_in_flight", "steps_done", "mean_timings", "num_lacking_tokens", "mending", "unscheduled_ns", "max_steps_in_flight")

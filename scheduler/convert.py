@@ -58,6 +58,7 @@ def registration_from_proto(
         followed_term=message.followed_term,
         wire_dtype=wire.dtype_from_proto(message.wire_dtype),
         kv_dtype=wire.dtype_from_proto(message.kv_dtype or message.dtype),
+        tensor_parallel=message.tensor_parallel or 1,
     )
 
 

@@ -53,6 +53,8 @@ class Registration:
     wire_dtype: str = ""
     # In which type KV is held; "": in `dtype`.
     kv_dtype: str = ""
+    # Ranks inside the worker.
+    tensor_parallel: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,6 +76,8 @@ class MeshPipeline(Stages):
         self.patience = patience
         self.trials = Trials()
         self.holders = KvHolders(len(spans), lambda worker: worker.end_of(self))
+        # Of whoever had the place first: sums of another number of ranks differ in their last bits.
+        self.ranks: list[int | None] = [None] * len(spans)
         self._emit = emit
         self._is_successor = False
         self._joining = Joining(len(spans))
@@ -134,6 +136,7 @@ class MeshPipeline(Stages):
     def place(self, stage: int, worker: Worker) -> None:
         assert self.workers[stage] is None
         self.workers[stage] = worker
+        self.ranks[stage] = self.ranks[stage] or worker.registration.tensor_parallel
         worker.let_in(self, self.holders.end_of_kv(stage, worker))
 
     def vacate(self, worker: Worker, error: StageMeshError, now_ns: int) -> None:

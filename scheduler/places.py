@@ -107,6 +107,7 @@ def best_free(
             suits is not Suits.HOLDS,
             worker.is_aside(now_ns),
             not pipeline.holders.holds(stage, worker),
+            pipeline.ranks[stage] not in (None, worker.registration.tensor_parallel),
             suits,
             worker.loading not in (None, span),
             worker.conduct.num_failures,

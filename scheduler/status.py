@@ -60,6 +60,7 @@ def _worker(worker: Worker, now_ns: int) -> mesh_pb2.WorkerStatus:
         load_fraction=worker.load_fraction if worker.loading else 0.0,
         draining=worker.is_draining,
         error=_trouble(worker, now_ns),
+        tensor_parallel=registration.tensor_parallel,
     )
 
 

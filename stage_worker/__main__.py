@@ -15,6 +15,7 @@ from stage_worker.leaving import Leaving
 from stage_worker.options import WorkerOptions
 from stage_worker.server import OnReady
 from stage_worker.server import serve as serve_worker
+from stagemesh.cores import num_cores
 from stagemesh.process import run_service
 
 
@@ -32,16 +33,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _serve(leaving: Leaving, options: WorkerOptions, on_ready: OnReady) -> None:
-    _set_threads(options.threads)
+    _set_threads(options.threads, options.tensor_parallel)
     await serve_worker(options, on_ready, leaving)
 
 
-def _set_threads(num_threads: int) -> None:
-    """OpenMP reads these once, when torch is imported: which is later."""
+def _set_threads(num_threads: int, num_ranks: int) -> None:
+    """OpenMP reads these once, when torch is imported: which is later, here and in other ranks."""
     # Threads that wait must not spin on cores that another process could use.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if num_threads:
         os.environ["OMP_NUM_THREADS"] = str(num_threads)
+    elif num_ranks > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_ranks)))
 
 
 if __name__ == "__main__":

@@ -19,10 +19,12 @@ from torch import Tensor
 
 from stage_worker.attention import Attention
 from stage_worker.capped_attention import cap_in_place
+from stage_worker.collectives import ALONE, Group
 from stage_worker.kernels import Kernels
 from stage_worker.kv_cache import KvCache
 from stage_worker.rope import rotate
-from stage_worker.sampler import greedy_tokens
+from stage_worker.sharding import Shards
+from stage_worker.vocabulary import Vocabulary
 from stage_worker.weights import LayerWeights, StageWeights
 from stagemesh.model_spec import ModelSpec
 
@@ -49,7 +51,11 @@ class Batch:
 
 
 class Decoder:
-    """`windows` are those of the stage's own layers, `ropes` the numbers of theirs (None: none)."""
+    """`windows` are those of the stage's own layers, `ropes` the numbers of theirs (None: none).
+
+    As a rank of a group it computes its part of each layer (`spec` and `shards` say which), and
+    the group sums what the parts give; hidden states are the same on every rank.
+    """
 
     def __init__(
         self,
@@ -60,8 +66,12 @@ class Decoder:
         cache: KvCache,
         kernels: Kernels,
         dtype: torch.dtype,
+        shards: Shards | None = None,
+        group: Group = ALONE,
     ) -> None:
         self._spec = spec
+        self._group = group
+        self._vocabulary = Vocabulary(shards or Shards(spec), group)
         self._windows = windows
         self._ropes = ropes
         self._weights = weights
@@ -79,7 +89,7 @@ class Decoder:
     def embed(self, token_ids: Tensor) -> Tensor:
         """[T] -> [T, E]; on the first stage."""
         assert self._weights.embedding is not None
-        embedded = torch.nn.functional.embedding(token_ids, self._weights.embedding).to(self._dtype)
+        embedded = self._vocabulary.look_up(self._weights.embedding, token_ids, self._dtype)
         return embedded if self._embedding_scale == 1.0 else embedded.mul_(self._embedding_scale)
 
     def forward(self, hidden: Tensor | None, batch: Batch) -> Tensor:
@@ -90,13 +100,21 @@ class Decoder:
             hidden = self.embed(batch.token_ids)
         for i, layer in enumerate(self._weights.layers):
             attended = self._attention(self._norm(hidden, layer.input_norm), i, layer, batch)
-            hidden += self._addend(attended, layer.attended_norm)
+            hidden += self._addend(self._group.all_reduce(attended), layer.attended_norm)
             output = layer.mlp(self._norm(hidden, layer.mlp_norm), self._kernels.gate)
-            hidden += self._addend(output, layer.mlp_output_norm)
+            hidden += self._addend(self._group.all_reduce(output), layer.mlp_output_norm)
         return hidden
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[T, E] -> [T, V] float32; on the last stage."""
+    def logits(self, hidden: Tensor) -> Tensor | None:
+        """[T, E] -> [T, V] float32; on the last stage. None on ranks but the first."""
+        return self._vocabulary.gathered(self._own_logits(hidden))
+
+    def greedy(self, hidden: Tensor) -> list[int]:
+        """[T, E] -> the likeliest token of each, -1 where numbers are not finite."""
+        return self._vocabulary.greedy(self._own_logits(hidden))
+
+    def _own_logits(self, hidden: Tensor) -> Tensor:
+        """Of the tokens that are this rank's."""
         assert self._weights.norm is not None
         assert self._weights.head is not None
         logits = self._weights.head(self._norm(hidden, self._weights.norm)).float()
@@ -105,10 +123,6 @@ class Decoder:
         if self._spec.scales.logit_cap is not None:
             cap_in_place(logits, self._spec.scales.logit_cap)
         return logits
-
-    def greedy(self, hidden: Tensor) -> list[int]:
-        """[T, E] -> the likeliest token of each, -1 where numbers are not finite."""
-        return greedy_tokens(self.logits(hidden))
 
     def _attention(self, hidden: Tensor, i: int, layer: LayerWeights, batch: Batch) -> Tensor:
         spec = self._spec

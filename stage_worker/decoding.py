@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from stage_worker.batch import BatchBuilder, PlacedRow
+from stage_worker.collectives import ALONE, Group
 from stage_worker.decoder import Decoder
 from stage_worker.kernels import Kernels
 from stage_worker.kv_cache import KvCache, PlainKvCache
 from stage_worker.rope import inverse_frequencies
+from stage_worker.sharding import Shards
 from stage_worker.weights import StageWeights
 from stagemesh.model_spec import ModelSpec
 from stagemesh.plan import Span
@@ -49,8 +51,8 @@ class StageDecoder(Protocol[B_contra]):
         """
         ...
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[T, E] -> [T, V] float32; on the last stage."""
+    def logits(self, hidden: Tensor) -> Tensor | None:
+        """[T, E] -> [T, V] float32; on the last stage. None on ranks but the first."""
         ...
 
     def greedy(self, hidden: Tensor) -> list[int]:
@@ -73,15 +75,19 @@ def make_decoding(
     cache: KvCache,
     kernels: Kernels,
     dtype: torch.dtype,
+    shards: Shards | None = None,
+    group: Group = ALONE,
 ) -> Decoding:
     """For the device that the cache's pages are on; ready to take steps."""
     windows = spec.layer_windows[span.start : span.end]
     ropes = spec.layer_ropes[span.start : span.end]
     if cache.device.type == "cuda":
         assert isinstance(cache, PlainKvCache)
+        assert group.size == 1, "options refuse it"
         return cuda_decoding(spec, windows, weights, cache, dtype)
     batches = BatchBuilder(windows, spec.ropes, ropes, kernels.attention, cache, dtype)
-    return Decoding(batches, Decoder(spec, windows, ropes, weights, cache, kernels, dtype))
+    decoder = Decoder(spec, windows, ropes, weights, cache, kernels, dtype, shards, group)
+    return Decoding(batches, decoder)
 
 
 def cuda_decoding(

@@ -22,6 +22,7 @@ from stage_worker.batch import PlacedRow
 from stage_worker.block_ranges import PipelineBlocks
 from stage_worker.boundary_log import BoundaryLog
 from stage_worker.checkpoint import DTYPE_NAMES
+from stage_worker.collectives import ALONE, Group
 from stage_worker.loading import ExecutorConfig, ExecutorFacts, LoadedStage, load_stage
 from stage_worker.pages import PageStore
 from stage_worker.payload import check_wire_dtype, hidden_as_bytes, hidden_from_bytes
@@ -84,6 +85,8 @@ class StageExecutor:
         self._decoder = loaded.decoding.decoder
         self._batches = loaded.decoding.batches
         self._dtype, self._device = loaded.cache.dtype, loaded.cache.device
+        # Whether another rank sends and answers what this one computes as well.
+        self._follows = loaded.group.rank > 0
         self.wire_dtype = loaded.wire_dtype  # of hidden states that come and go
         self._threads = loaded.threads
         self._routed = loaded.routed
@@ -94,12 +97,16 @@ class StageExecutor:
 
     @classmethod
     @torch.inference_mode()
-    def load(cls, config: ExecutorConfig, on_progress: Callable[[int, int], None]) -> StageExecutor:
+    def load(
+        cls,
+        config: ExecutorConfig,
+        on_progress: Callable[[int, int], None],
+        group: Group = ALONE,
+    ) -> StageExecutor:
         """A stage as `stage_worker.loading.load_stage` loads it, with its errors; warmed up."""
-        executor = cls(load_stage(config, on_progress))
+        executor = cls(load_stage(config, on_progress, group))
         warm_up(executor, config.span)
-        for counts in executor._routed.values():
-            counts.zero_()
+        executor.forget_routing()
         return executor
 
     @property
@@ -115,6 +122,12 @@ class StageExecutor:
     def routing(self) -> dict[int, list[int]]:
         """Of layers with experts: how many tokens each was given. Any thread may ask."""
         return {layer: counts.tolist() for layer, counts in self._routed.items()}
+
+    @torch.inference_mode()
+    def forget_routing(self) -> None:
+        """After steps that nobody asked for."""
+        for counts in self._routed.values():
+            counts.zero_()
 
     def join(
         self,
@@ -188,6 +201,8 @@ class StageExecutor:
                 self.log.write(tenancy.log_slots(batch.slots), hidden)
         if tenancy.is_last:
             return self._output(hidden[:0], self._sampler.results(step, work.executed, hidden))
+        if self._follows:
+            return self._output(hidden[:0], ())
         return self._output(_joined(hidden, work, self.log), ())
 
     def _tenancy_of(self, step: Step) -> Tenancy:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor
 from stage_worker.block_ranges import PipelineBlocks
 from stage_worker.boundary_log import BoundaryLog, choose_num_log_blocks, log_block_bytes
 from stage_worker.checkpoint import TORCH_DTYPES
+from stage_worker.collectives import ALONE, Group
 from stage_worker.cuda_support import check_supported
 from stage_worker.decoding import Decoding, make_decoding
-from stage_worker.kernels import choose_kernels
+from stage_worker.kernels import Kernels, choose_kernels
 from stage_worker.kv_cache import (
     KvCache,
     LogCost,
@@ -30,8 +31,9 @@ from stage_worker.linear_schemes import Numerics
 from stage_worker.memory import available_bytes, trim
 from stage_worker.packed_kv_cache import PackedKvCache
 from stage_worker.payload import resolve_wire_dtype
+from stage_worker.sharding import Shards, check_divides
 from stage_worker.thread_counts import ThreadCounts
-from stage_worker.weights import WeightLoader, routed_tokens
+from stage_worker.weights import StageWeights, WeightLoader, routed_tokens
 from stagemesh.errors import ConfigError, OutOfMemory
 from stagemesh.model_spec import ModelSpec
 from stagemesh.plan import Span
@@ -88,6 +90,22 @@ class ExecutorFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadedWeights:
+    """What a rank has of a span, before there are pages."""
+
+    config: ExecutorConfig
+    shards: Shards
+    group: Group
+    weights: StageWeights
+    num_bytes: int
+    kernels: Kernels
+    dtype: torch.dtype
+    kv_dtype: str
+    device: torch.device
+    started_ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedStage:
     """`routed` counts the tokens of each expert, [N], of the layers that have experts."""
 
@@ -100,6 +118,7 @@ class LoadedStage:
     wire_dtype: str
     threads: ThreadCounts
     routed: Mapping[int, Tensor]
+    group: Group
 
 
 def resolve_dtype(dtype: str, spec: ModelSpec, device: torch.device) -> str:
@@ -114,48 +133,79 @@ def resolve_dtype(dtype: str, spec: ModelSpec, device: torch.device) -> str:
     return dtype
 
 
-def load_stage(config: ExecutorConfig, on_progress: Callable[[int, int], None]) -> LoadedStage:
+def load_stage(
+    config: ExecutorConfig, on_progress: Callable[[int, int], None], group: Group = ALONE
+) -> LoadedStage:
     """Loads the span; `on_progress(loaded_bytes, total_bytes)` is called all along.
 
     Raises ConfigError, CheckpointError, UnsupportedModel, SpanError, OutOfMemory.
     """
+    return make_stage(load_weights(config, on_progress, group))
+
+
+def load_weights(
+    config: ExecutorConfig, on_progress: Callable[[int, int], None], group: Group = ALONE
+) -> LoadedWeights:
+    """The span's weights, or what this rank of a group has of them; errors as `load_stage`."""
     started_ns = time.monotonic_ns()
     if config.block_size_tokens < 1:
         raise ConfigError(f"block_size must be at least 1, not {config.block_size_tokens}")
     spec = ModelSpec.from_directory(config.model_dir)
+    check_divides(spec, group.size)
+    shards = Shards(spec, group.rank, group.size)
     device = _device(config.device)
     dtype_name = resolve_dtype(config.dtype, spec, device)
     dtype = TORCH_DTYPES[dtype_name]
-    kv_dtype = resolve_kv_dtype(config.kv_dtype, dtype_name, config.device)
     if device.type == "cuda":
         check_supported(spec)
-    kernels = choose_kernels(spec, config.batch_invariant, dtype, device)
     numerics = Numerics(dtype, device, config.quantization, config.batch_invariant)
+    kernels = choose_kernels(spec, config.batch_invariant, dtype, device)
+    kv_dtype = resolve_kv_dtype(config.kv_dtype, dtype_name, config.device)
     progress = _Progress(on_progress)
-    loader = WeightLoader(config.model_dir, spec, numerics, progress.advance)
+    loader = WeightLoader(config.model_dir, spec, numerics, progress.advance, shards)
     progress.total_bytes = loader.span_bytes(config.span)
-    _check_fits(progress.total_bytes, device)
+    _check_fits(progress.total_bytes * group.size, device)
     try:
         weights = loader.load(config.span)
         progress.end()
         trim()
-        cache = _make_cache(spec, config, dtype, kv_dtype, device)
+    except (RuntimeError, MemoryError) as error:
+        raise _as_out_of_memory(error) from error
+    num_bytes = progress.loaded_bytes
+    return LoadedWeights(
+        config, shards, group, weights, num_bytes, kernels, dtype, kv_dtype, device, started_ns
+    )
+
+
+def make_stage(loaded: LoadedWeights, num_blocks: int | None = None) -> LoadedStage:
+    """With KV pages and a log beside the weights: so many blocks, or what the config says. A rank
+    that follows another logs nothing. Raises OutOfMemory."""
+    shards, group, dtype = loaded.shards, loaded.group, loaded.dtype
+    spec, config = shards.spec, loaded.config
+    config = replace(config, num_blocks=num_blocks or config.num_blocks)
+    if group.rank:
+        config = replace(config, max_log_memory_bytes=0)
+    try:
+        cache = _make_cache(loaded, config)
         log = _make_log(spec, config, cache.num_blocks, dtype)
-        decoding = make_decoding(spec, config.span, weights, cache, kernels, dtype)
+        local, weights, kernels = shards.local_spec, loaded.weights, loaded.kernels
+        decoding = make_decoding(local, config.span, weights, cache, kernels, dtype, shards, group)
     except (RuntimeError, MemoryError) as error:
         raise _as_out_of_memory(error) from error
     facts = ExecutorFacts(
         num_blocks=cache.num_blocks,
         block_size_tokens=config.block_size_tokens,
-        weight_bytes=progress.loaded_bytes,
+        weight_bytes=loaded.num_bytes,
         kv_block_bytes=cache.block_bytes,
-        load_ns=time.monotonic_ns() - started_ns,
+        load_ns=time.monotonic_ns() - loaded.started_ns,
         num_log_blocks=log.num_blocks,
     )
     wire_dtype = resolve_wire_dtype(config.wire_dtype, dtype)
     threads = ThreadCounts(config.lone_threads)
     routed = routed_tokens(weights, config.span)
-    return LoadedStage(spec, config.span, decoding, cache, log, facts, wire_dtype, threads, routed)
+    return LoadedStage(
+        spec, config.span, decoding, cache, log, facts, wire_dtype, threads, routed, group
+    )
 
 
 class _Progress:
@@ -197,26 +247,22 @@ def _check_fits(weight_bytes: int, device: torch.device) -> None:
         )
 
 
-def _make_cache(
-    spec: ModelSpec,
-    config: ExecutorConfig,
-    dtype: torch.dtype,
-    kv_dtype: str,
-    device: torch.device,
-) -> KvCache:
+def _make_cache(loaded: LoadedWeights, config: ExecutorConfig) -> KvCache:
+    spec, dtype, kv_dtype = loaded.shards.local_spec, loaded.dtype, loaded.kv_dtype
     num_layers, size = config.span.num_layers, config.block_size_tokens
     num_blocks = config.num_blocks
     if num_blocks is None:
         num_blocks = choose_num_blocks(
             spec,
-            block_bytes(spec, num_layers, size, kv_dtype),
+            # The ranks of a group are of one host, and each has as many.
+            block_bytes(spec, num_layers, size, kv_dtype) * loaded.group.size,
             size,
             config.max_kv_memory_bytes,
-            device,
-            _log_cost(spec, config, dtype, device),
+            loaded.device,
+            _log_cost(spec, config, dtype, loaded.device),
         )
     if TORCH_DTYPES.get(kv_dtype) == dtype:
-        return PlainKvCache(spec, num_layers, num_blocks, size, dtype, device)
+        return PlainKvCache(spec, num_layers, num_blocks, size, dtype, loaded.device)
     return PackedKvCache(spec, num_layers, num_blocks, size, dtype, kv_dtype)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stage_worker.kv_dtype import KV_DTYPES, resolve_kv_dtype
+from stage_worker.rank_options import TRANSPORTS, shares_memory
 from stagemesh.addresses import split_address
 from stagemesh.errors import ConfigError
 from stagemesh.option_values import Kind
@@ -82,7 +83,23 @@ class WorkerOptions:
         minimum=0,
     )
     threads: int = option(
-        0, help="threads for arithmetic; 0: OMP_NUM_THREADS or all cores", minimum=0, maximum=1024
+        0,
+        help="threads for arithmetic, of each rank; 0: OMP_NUM_THREADS, or all cores shared out",
+        minimum=0,
+        maximum=1024,
+    )
+    tensor_parallel: int = option(
+        1,
+        help="ranks that share the work of every layer, each a process with threads of its own; "
+        "on a cpu",
+        minimum=1,
+        maximum=64,
+    )
+    rank_transport: str = option(
+        "auto",
+        help="how ranks exchange what they computed; auto: through memory where the processor "
+        "allows, else by gloo",
+        choices=TRANSPORTS,
     )
     lone_threads: int = option(
         0,
@@ -102,6 +119,13 @@ class WorkerOptions:
                 raise ConfigError(f"--{name}: {error}") from None
         if self.layers is not None and not 0 <= self.layers.start < self.layers.end:
             raise ConfigError(f"--layers must be FIRST:END with FIRST < END, not {self.layers}")
+        if self.tensor_parallel > 1 and self.device != "cpu":
+            raise ConfigError(
+                f"--tensor-parallel {self.tensor_parallel} needs --device cpu: ranks on GPUs are "
+                f"not there yet (--device {self.device})"
+            )
+        if self.tensor_parallel > 1:
+            shares_memory(self.rank_transport)
         if self.batch_invariant and self.lone_threads:
             raise ConfigError(
                 "--lone-threads makes numbers depend on what else is under way, which "

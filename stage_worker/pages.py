@@ -10,21 +10,37 @@ slots goes along; nobody reads it here or there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from stage_worker.block_ranges import PipelineBlocks
 from stage_worker.boundary_log import BoundaryLog
 from stage_worker.checkpoint import DTYPE_NAMES
-from stage_worker.kv_cache import KvCache
 from stagemesh.errors import ProtocolError
 from stagemesh.page_frames import PageBatch
+
+
+class KvBlocks(Protocol):
+    """As much of a KvCache as is needed here."""
+
+    dtype: torch.dtype
+    kv_dtype: str
+
+    @property
+    def block_bytes(self) -> int: ...
+
+    def read_blocks(self, places: Sequence[int]) -> Tensor: ...
+
+    def write_blocks(self, places: Sequence[int], pages: Tensor) -> None: ...
 
 
 class PageStore:
     """The pages of one stage."""
 
-    def __init__(self, cache: KvCache, log: BoundaryLog) -> None:
+    def __init__(self, cache: KvBlocks, log: BoundaryLog) -> None:
         self._cache = cache
         self._log = log
         self._dtype = cache.dtype

@@ -37,10 +37,14 @@ class _Answer:
 
 class RowSampler:
     """`logits` maps hidden states [n, E] to logits [n, V] in float32, `greedy` to the likeliest
-    token of each, -1 where numbers are not finite."""
+    token of each, -1 where numbers are not finite.
+
+    Where a group of ranks computes, all of them ask for the same, and only the first one gets
+    logits: what the others answer is nobody's business.
+    """
 
     def __init__(
-        self, logits: Callable[[Tensor], Tensor], greedy: Callable[[Tensor], list[int]]
+        self, logits: Callable[[Tensor], Tensor | None], greedy: Callable[[Tensor], list[int]]
     ) -> None:
         self._logits = logits
         self._greedy = greedy
@@ -82,8 +86,10 @@ class RowSampler:
         wanted = [(entry, p) for entry in placed for p in entry.row.sample_positions]
         if not wanted:
             return
-        logits = self._logits(hidden[_indices(wanted, hidden)])
         requests = [_request(entry, position) for entry, position in wanted]
+        logits = self._logits(hidden[_indices(wanted, hidden)])
+        if logits is None:
+            return
         for (entry, position), token in zip(wanted, sample(logits, requests), strict=True):
             answer = answers[id(entry.row)]
             if token is None:
@@ -99,9 +105,12 @@ class RowSampler:
         """Plain log-probabilities of known tokens: bias and penalties shape choices only."""
         wanted = [(entry, p) for entry in placed for p in entry.row.logprob_positions]
         for some in _slices(wanted, _PROMPT_SLICE):
+            known = [_known(*each) for each in some]
             logits = self._logits(hidden[_indices(some, hidden)])
+            if logits is None:
+                continue
             finite = all_finite(logits).tolist()
-            told = describe(logits.log_softmax(dim=1), [_known(*each) for each in some])
+            told = describe(logits.log_softmax(dim=1), known)
             for (entry, _), token, is_finite in zip(some, told, finite, strict=True):
                 answer = answers[id(entry.row)]
                 if is_finite:

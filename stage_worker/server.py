@@ -24,6 +24,8 @@ from stage_worker.options import WorkerOptions
 from stage_worker.own_address import OwnAddress
 from stage_worker.page_service import PageService
 from stage_worker.place import Patience
+from stage_worker.rank_processes import start_ranks
+from stage_worker.sharding import check_divides
 from stage_worker.span_holder import SpanHolder
 from stage_worker.stats import Stats
 from stage_worker.worker import Parts, Worker
@@ -72,12 +74,20 @@ async def serve(
     _check_span(options, spec)
     dtype = options.resolved_dtype(spec.dtype)
     options.resolved_kv_dtype(dtype)  # refused before anything is begun
+    check_divides(spec, options.tensor_parallel)
     server = RpcServer(options.listen)
+    ranks = start_ranks(options.tensor_parallel, options.rank_transport)
     device = DeviceThread()
+
+    def end_all_hard() -> None:
+        if ranks is not None:
+            ranks.kill()
+        end_hard()
+
     try:
         async with asyncio.TaskGroup() as group:
-            stats = Stats()
-            holder = SpanHolder(options, dtype, device)
+            stats = Stats(ranks=ranks)
+            holder = SpanHolder(options, dtype, device, ranks)
             worker = Worker(
                 options.scheduler,
                 Parts(device, holder, stats, group),
@@ -97,7 +107,9 @@ async def serve(
             identity = _identity(options, address, summary, dtype)
             if on_ready is not None:
                 on_ready({"address": address, "id": identity.worker_id})
-            guard = group.create_task(worker.guard_device(end_hard))
+            guards = [group.create_task(worker.guard_device(end_all_hard))]
+            if ranks is not None:
+                guards.append(group.create_task(worker.guard_ranks(ranks, end_all_hard)))
             leaving = leaving or Leaving()
             leaving.worker_runs(
                 worker.control,
@@ -105,11 +117,14 @@ async def serve(
                 patience_s=options.drain_timeout_s,
             )
             await _run_and_leave(worker.run(identity, own_address), worker, leaving)
-            guard.cancel()
+            for guard in guards:
+                guard.cancel()
     finally:
         await server.stop(0)
         if not await device.stop(DEVICE_STOP_TIMEOUT_S):
             log.warning("the device is still at work; the process ends without waiting for it")
+        if ranks is not None:
+            ranks.kill()
 
 
 async def _run_and_leave(run: Coroutine[Any, Any, None], worker: Worker, leaving: Leaving) -> None:
@@ -162,6 +177,7 @@ def _identity(
         pid=os.getpid(),
         stagemesh_version=__version__,
         max_kv_memory_bytes=options.max_kv_memory_bytes or 0,
+        tensor_parallel=options.tensor_parallel,
     )
     if options.layers is not None:
         identity.fixed_span.CopyFrom(span_to_proto(options.layers))

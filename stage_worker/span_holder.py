@@ -16,15 +16,19 @@ from typing import TYPE_CHECKING
 from stage_worker.device_thread import DeviceThread
 from stage_worker.host_memory import available_host_bytes
 from stage_worker.options import WorkerOptions
+from stage_worker.rank_processes import RankProcesses
 from stage_worker.step_cost import StepCost
 from stagemesh.errors import CheckpointError, RequestCancelled
 from stagemesh.plan import ModelSummary, Span
 from stagemesh.quantization import parse_quantization
 
 if TYPE_CHECKING:
-    from stage_worker.executor import ExecutorFacts, StageExecutor
+    from stage_worker.collectives import Group
+    from stage_worker.executor import StageExecutor
     from stage_worker.identity import FileStamps
     from stage_worker.linear_schemes import Numerics
+    from stage_worker.loading import ExecutorConfig, ExecutorFacts
+    from stage_worker.ranked_stage import RankedStage
 
 PROGRESS_INTERVAL_NS = 100_000_000
 
@@ -37,15 +41,23 @@ class HeldSpan:
 
     span: Span
     facts: ExecutorFacts
-    executor: StageExecutor
+    executor: StageExecutor | RankedStage
     cost: StepCost
 
 
 class SpanHolder:
     """Holds one span at most."""
 
-    def __init__(self, options: WorkerOptions, dtype: str, device: DeviceThread) -> None:
+    def __init__(
+        self,
+        options: WorkerOptions,
+        dtype: str,
+        device: DeviceThread,
+        ranks: RankProcesses | None = None,
+    ) -> None:
         self._options = options
+        self._ranks = ranks
+        self._group: Group | None = None
         self._dtype = dtype
         self._device = device
         self.held: HeldSpan | None = None
@@ -87,7 +99,10 @@ class SpanHolder:
     def _load(self, span: Span, on_progress: OnProgress) -> HeldSpan:
         from stage_worker.identity import file_stamps
 
-        held = _load(self._options, self._dtype, span, on_progress)
+        gc.collect()  # what was held before may hang in cycles, and its memory is wanted
+        config = _config(self._options, self._dtype, span)
+        executor = self._executor(config, on_progress)
+        held = HeldSpan(span, executor.facts, executor, StepCost(executor.spec, span))
         if file_stamps(self._options.model) != self._stamps:
             raise CheckpointError(
                 f"files of {self._options.model} have changed since this worker told the mesh "
@@ -95,6 +110,19 @@ class SpanHolder:
             )
         self._measure()
         return held
+
+    def _executor(
+        self, config: ExecutorConfig, on_progress: OnProgress
+    ) -> StageExecutor | RankedStage:
+        from stage_worker.executor import StageExecutor
+
+        if self._ranks is None:
+            return StageExecutor.load(config, on_progress)
+        from stage_worker.ranked_stage import RankedStage
+
+        if self._group is None:
+            self._group = self._ranks.own.open_group()
+        return RankedStage.load(config, on_progress, self._ranks, self._group)
 
     def _measure(self) -> None:
         if self._options.device != "cpu":
@@ -120,11 +148,10 @@ def _numerics(options: WorkerOptions, dtype: str) -> Numerics:
     )
 
 
-def _load(options: WorkerOptions, dtype: str, span: Span, on_progress: OnProgress) -> HeldSpan:
-    from stage_worker.executor import ExecutorConfig, StageExecutor
+def _config(options: WorkerOptions, dtype: str, span: Span) -> ExecutorConfig:
+    from stage_worker.loading import ExecutorConfig
 
-    gc.collect()  # what was held before may hang in cycles, and its memory is wanted
-    config = ExecutorConfig(
+    return ExecutorConfig(
         model_dir=options.model,
         span=span,
         device=options.device,
@@ -139,8 +166,6 @@ def _load(options: WorkerOptions, dtype: str, span: Span, on_progress: OnProgres
         lone_threads=options.lone_threads,
         kv_dtype=options.kv_dtype,
     )
-    executor = StageExecutor.load(config, on_progress)
-    return HeldSpan(span, executor.facts, executor, StepCost(executor.spec, span))
 
 
 class _Throttled:

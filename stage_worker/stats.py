@@ -8,10 +8,9 @@ from pathlib import Path
 
 from protos import mesh_pb2
 from stage_worker.occupancy import Doing, Occupancy
+from stage_worker.rank_processes import RankProcesses
 from stagemesh.plan import HopTiming
 from stagemesh.transport import Traffic
-
-_STATUS = Path("/proc/self/status")
 
 
 @dataclass(slots=True)
@@ -26,6 +25,7 @@ class Stats:
     blocks_received: int = 0
     traffic: Traffic = field(default_factory=Traffic)
     occupancy: Occupancy = field(default_factory=Occupancy)
+    ranks: RankProcesses | None = None
 
     def count_step(self, num_rows: int, num_tokens: int, timing: HopTiming) -> None:
         self.steps_executed += 1
@@ -44,7 +44,7 @@ class Stats:
         """`routing`: how many tokens each expert of a layer was given."""
         spent_ns = self.occupancy.spent_ns()
         return mesh_pb2.WorkerStats(
-            rss_anon_bytes=rss_anon_bytes(),
+            rss_anon_bytes=self._rss_anon_bytes(),
             steps_executed=self.steps_executed,
             rows_executed=self.rows_executed,
             tokens_executed=self.tokens_executed,
@@ -66,11 +66,16 @@ class Stats:
             ],
         )
 
+    def _rss_anon_bytes(self) -> int:
+        """Of all of the worker's processes."""
+        others = self.ranks.pids if self.ranks is not None else []
+        return rss_anon_bytes() + sum(rss_anon_bytes(pid) for pid in others)
 
-def rss_anon_bytes() -> int:
-    """Anonymous resident memory of this process; 0 where the system does not say."""
+
+def rss_anon_bytes(pid: int | str = "self") -> int:
+    """Anonymous resident memory of a process; 0 where the system does not say."""
     try:
-        lines = _STATUS.read_text(encoding="ascii").splitlines()
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
     except OSError:
         return 0
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)

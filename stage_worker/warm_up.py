@@ -14,12 +14,13 @@ from stagemesh.sampling import SamplingSpec
 
 if TYPE_CHECKING:
     from stage_worker.executor import StageExecutor
+    from stage_worker.ranked_stage import RankedStage
 
 _MAX_TOKENS = 16
 _NOBODY = "warm-up"
 
 
-def warm_up(executor: StageExecutor, span: Span) -> None:
+def warm_up(executor: StageExecutor | RankedStage, span: Span) -> None:
     """Executes a short prompt of nobody; then nothing is held.
 
     Block 0 is written to, so this comes before the stage has joined an epoch.

@@ -13,6 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from stage_worker.sharding import EVERYTHING, Part
+from stagemesh.errors import ConfigError
+
 
 @dataclass(frozen=True, slots=True)
 class Codes:
@@ -77,3 +80,42 @@ class FloatSource:
 
     def codes(self, start: int, end: int) -> Codes:
         raise AssertionError("floats are no codes")
+
+
+class _PartOfSource:
+    """Some outputs and inputs of a matrix. Rows of codes are read whole and cut."""
+
+    def __init__(self, whole: WeightSource, part: Part, name: str) -> None:
+        num_outputs, num_inputs = whole.shape
+        self._whole = whole
+        self._first, end, _ = part.rows.indices(num_outputs)
+        self._inputs = range(num_inputs)[part.columns]
+        self.shape = (end - self._first, len(self._inputs))
+        self.bits = whole.bits
+        self.group_size = whole.group_size
+        if whole.group_size == num_inputs:  # a scale for each output is one for any of its inputs
+            self.group_size = len(self._inputs)
+        elif whole.group_size is not None and self._inputs.start % whole.group_size:
+            raise ConfigError(
+                f"{name} has a scale for every {whole.group_size} inputs, which cannot be cut at "
+                f"{self._inputs.start}: another --tensor-parallel, or none"
+            )
+
+    def dense(self, start: int, end: int) -> Tensor:
+        rows = self._whole.dense(self._first + start, self._first + end)
+        return rows[:, self._inputs.start : self._inputs.stop]
+
+    def codes(self, start: int, end: int) -> Codes:
+        codes = self._whole.codes(self._first + start, self._first + end)
+        whole_size, size = self._whole.group_size, self.group_size
+        assert whole_size is not None
+        assert size is not None
+        groups = slice(self._inputs.start // whole_size, -(-self._inputs.stop // whole_size))
+        num_values = size * (groups.stop - groups.start)
+        values = codes.values[:, self._inputs.start : self._inputs.start + num_values]
+        return Codes(values, codes.scales[:, groups], codes.zeros[:, groups])
+
+
+def part_of(whole: WeightSource, part: Part, name: str) -> WeightSource:
+    """Raises ConfigError where its groups of inputs would be cut apart."""
+    return whole if part == EVERYTHING else _PartOfSource(whole, part, name)

@@ -27,9 +27,10 @@ from stage_worker.layout import (
 )
 from stage_worker.linear import Linear, LinearSource, PlainLinear
 from stage_worker.linear_schemes import Numerics, choose_scheme, make_float
+from stage_worker.sharding import Shards
 from stage_worker.stored_weights import open_codes
 from stage_worker.weight_names import is_sparse, moe_names, names_of, tensor_name
-from stage_worker.weight_source import FloatSource, WeightSource
+from stage_worker.weight_source import FloatSource, WeightSource, part_of
 from stagemesh.model_spec import ModelSpec
 from stagemesh.plan import Span
 
@@ -63,7 +64,7 @@ class StageWeights:
 
 
 class WeightLoader:
-    """Loads from one directory with one choice of numerics."""
+    """Loads from one directory with one choice of numerics; with `shards` only what they have."""
 
     def __init__(
         self,
@@ -71,11 +72,13 @@ class WeightLoader:
         spec: ModelSpec,
         numerics: Numerics,
         on_bytes: Callable[[int], None] = lambda num_bytes: None,
+        shards: Shards | None = None,
     ) -> None:
         self._files = Checkpoint(model_dir)
         self._spec = spec
         self._numerics = numerics
         self._on_bytes = on_bytes
+        self._shards = shards or Shards(spec)
         self._shapes = {
             name: shape
             for part in all_parts(spec)
@@ -90,13 +93,14 @@ class WeightLoader:
         """
         shapes = part_weights(self._spec, part)
         linears = [name for name in shapes if is_quantisable(name) or name == head_name(self._spec)]
-        num_bytes = sum(self._float_bytes(name) for name in shapes if name not in linears)
+        floats = [name for name in shapes if name not in linears and self._has(name)]
+        num_bytes = sum(map(self._float_bytes, floats))
         if part == "embedding":
             return self._embedding_bytes()
         for name in linears:
-            source = self._source(name)
-            scheme = choose_scheme(part, [source], self._numerics)
-            num_bytes += scheme.held_bytes(*source.shape, self._numerics)
+            for source in self._sources(name):
+                scheme = choose_scheme(part, [source], self._numerics)
+                num_bytes += scheme.held_bytes(*source.shape, self._numerics)
         return num_bytes
 
     def span_bytes(self, span: Span) -> int:
@@ -170,19 +174,19 @@ class WeightLoader:
     def _linear(self, part: str, *names: str) -> Linear:
         biases = [name.removesuffix("weight") + "bias" for name in names]
         source = LinearSource(
-            [self._source(name) for name in names],
-            [self._view(name) for name in biases if name in self._shapes],
+            [source for name in names for source in self._sources(name)],
+            [self._view(name) for name in biases if name in self._shapes and self._has(name)],
             self._on_bytes,
         )
         return choose_scheme(part, source.weights, self._numerics).make(source, self._numerics)
 
     def _plain(self, name: str) -> Linear:
         """A matrix that is never quantised."""
-        source = LinearSource([self._source(name)], [], self._on_bytes)
+        source = LinearSource(self._sources(name), [], self._on_bytes)
         return make_float(source, self._numerics)
 
     def _embedding(self) -> Tensor:
-        source = LinearSource([self._source(EMBEDDING)], [], self._on_bytes)
+        source = LinearSource(self._sources(EMBEDDING), [], self._on_bytes)
         return PlainLinear.make(source, self._embedding_dtype(), self._numerics.device).weight
 
     def _embedding_bytes(self) -> int:
@@ -207,14 +211,26 @@ class WeightLoader:
     def _norm_dtype(self) -> torch.dtype:
         return torch.float32 if self._spec.norms.wide else self._numerics.dtype
 
-    def _source(self, name: str) -> WeightSource:
-        way = stored_way(self._spec, name)
+    def _sources(self, name: str) -> list[WeightSource]:
+        """This rank's part of a matrix, or of each of those that the tensor holds."""
+        shape, way = self._shapes[name], stored_way(self._spec, name)
+        parts = self._shards.parts(name, shape)
         if way is None:
-            return FloatSource(self._view(name))
-        return open_codes(self._files, name, self._shapes[name], way)
+            view = self._files.view(name, shape)
+            return [FloatSource(view[part.rows, part.columns]) for part in parts]
+        codes = open_codes(self._files, name, shape, way)
+        return [part_of(codes, part, name) for part in parts]
+
+    def _has(self, name: str) -> bool:
+        return self._shards.part(name, self._shapes[name]) is not None
 
     def _view(self, name: str) -> Tensor:
-        return self._files.view(name, self._shapes[name])
+        """This rank's part of it."""
+        shape = self._shapes[name]
+        part = self._shards.part(name, shape)
+        assert part is not None
+        view = self._files.view(name, shape)
+        return view[part.rows] if len(shape) == 1 else view[part.rows, part.columns]
 
 
 def routed_tokens(weights: StageWeights, span: Span) -> dict[int, Tensor]:

@@ -18,6 +18,7 @@ from stage_worker.device_thread import DeviceThread
 from stage_worker.membership import Membership
 from stage_worker.own_address import OwnAddress
 from stage_worker.place import PageOrigin, Patience, Place
+from stage_worker.rank_processes import RankProcesses
 from stage_worker.span_holder import HeldSpan, SpanHolder
 from stage_worker.stats import Stats
 from stage_worker.watchdog import watch
@@ -87,6 +88,15 @@ class Worker:
         """Ends the process, once the device hangs: no other thread could take its place."""
         error = await watch(self._parts.device)
         log.error("the device hangs: the process ends", reason=str(error))
+        await self._end_over(error, end_hard)
+
+    async def guard_ranks(self, ranks: RankProcesses, end_hard: Callable[[], None]) -> None:
+        """Ends the process, once one of its ranks has ended: it would wait for it forever."""
+        error = await ranks.lost()
+        log.error("a rank is lost: the process ends", reason=str(error))
+        await self._end_over(error, end_hard)
+
+    async def _end_over(self, error: StageMeshError, end_hard: Callable[[], None]) -> None:
         self.membership.fail(error)
         await self.control.flush()
         await asyncio.sleep(LAST_WORDS_S)  # for what was written to leave the process

@@ -43,10 +43,7 @@ class Supervisor:
 
     def tie_lives(self) -> None:
         """This process ends when its supervisor does, in whatever way that ended."""
-        if sys.platform == "linux":
-            # The kernel's promise, kept even where this process is stopped or holds the GIL. What
-            # happened before this line is noticed by the watcher.
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        end_with_parent()  # what happened before this line is noticed by the watcher
         threading.Thread(target=self._watch, name="supervisor-watch", daemon=True).start()
 
     def report_ready(self, facts: Mapping[str, object]) -> None:
@@ -67,3 +64,10 @@ class Supervisor:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(ORPHAN_GRACE_S)
         os._exit(1)
+
+
+def end_with_parent() -> None:
+    """The kernel's promise, kept even where this process is stopped or holds the GIL: SIGKILL as
+    soon as the thread that started it has ended. On Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

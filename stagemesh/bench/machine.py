@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import stagemesh
-from stagemesh.cli.up_options import num_cores
+from stagemesh.cores import num_cores
 
 _PACKAGES = ("torch", "grpcio", "numpy")
 _INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_tile", "asimd", "sve")

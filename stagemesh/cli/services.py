@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from stagemesh.addresses import join_address
-from stagemesh.cli.up_options import UpOptions, num_cores
+from stagemesh.cli.stage_ranks import layers_by_ranks
+from stagemesh.cli.up_options import UpOptions
+from stagemesh.cores import num_cores
+from stagemesh.model_spec import ModelSpec
 from stagemesh.options import options_of
 
 
@@ -44,10 +47,20 @@ def gateway(options: UpOptions, scheduler_address: str) -> Service:
 
 
 def worker(options: UpOptions, scheduler_address: str, index: int, port: int) -> Service:
+    all_ranks, stage = options.ranks(), index % options.stages
+    ranks = all_ranks[stage]
+    layers = None
+    # Workers that differ are bound to their layers; of others the scheduler says who has which.
+    if len(set(all_ranks)) > 1 and index < options.num_stage_workers:
+        num_layers = ModelSpec.from_directory(options.model_dir()).num_layers
+        span = layers_by_ranks(all_ranks, num_layers)[stage]
+        layers = f"{span.start}:{span.end}"
     flags = {
         "--scheduler": scheduler_address,
         "--model": options.model_dir(),
         "--worker-id": f"worker-{index}",
+        "--tensor-parallel": ranks if ranks > 1 else None,
+        "--layers": layers,
         "--listen": f"127.0.0.1:{port}",
         "--device": options.device,
         "--dtype": options.dtype,
@@ -58,9 +71,9 @@ def worker(options: UpOptions, scheduler_address: str, index: int, port: int) ->
         "--num-blocks": options.num_blocks,
         "--block-size": options.block_size_tokens,
         "--batch-invariant": options.batch_invariant,
-        "--lone-threads": options.threads_when_alone(),
+        "--lone-threads": options.threads_when_alone(ranks),
     }
-    return _service("worker", f"worker-{index}", flags, options)
+    return _service("worker", f"worker-{index}", flags, options, ranks)
 
 
 _MODULES = {"scheduler": "scheduler", "gateway": "gateway", "worker": "stage_worker"}
@@ -71,12 +84,16 @@ _STEP_PAUSE_SPINS = "30000"
 
 
 def _service(
-    role: str, name: str, flags: Mapping[str, object | None], options: UpOptions
+    role: str,
+    name: str,
+    flags: Mapping[str, object | None],
+    options: UpOptions,
+    ranks: int = 1,
 ) -> Service:
     command = [sys.executable, "-m", _MODULES[role]]
     for flag, value in {**flags, "--log-format": "json"}.items():
         command += _words(flag, value)
-    return Service(role, name, tuple(command), _environ(options))
+    return Service(role, name, tuple(command), _environ(options, ranks))
 
 
 def _words(flag: str, value: object | None) -> list[str]:
@@ -87,7 +104,7 @@ def _words(flag: str, value: object | None) -> list[str]:
     return [flag, str(value)]
 
 
-def _environ(options: UpOptions) -> dict[str, str]:
+def _environ(options: UpOptions, ranks: int) -> dict[str, str]:
     """This process's, without what was meant for `up` itself."""
     own = {option.variable for option in options_of(UpOptions)}
     environ = {name: value for name, value in os.environ.items() if name not in own}
@@ -95,9 +112,10 @@ def _environ(options: UpOptions) -> dict[str, str]:
         environ["STAGEMESH_CONFIG"] = str(options.config)
     # Workers of one host share its cores; a thread that waits must not spin on another's. Where
     # each has its own it may, for as long as work pauses within a step: being woken takes longer.
-    environ["OMP_NUM_THREADS"] = str(options.threads())
+    threads = options.threads(ranks)
+    environ["OMP_NUM_THREADS"] = str(threads)
     environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    if options.threads() * options.num_stage_workers <= num_cores():
+    if threads * options.num_ranks() <= num_cores():
         environ.setdefault("GOMP_SPINCOUNT", _STEP_PAUSE_SPINS)
     # What gRPC's core notes about connections that come and go.
     environ.setdefault("GRPC_VERBOSITY", "ERROR")

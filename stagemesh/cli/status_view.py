@@ -68,7 +68,7 @@ def _workers(status: mesh_pb2.GetStatusResponse) -> Table:
             Text(state, style=_STATE_STYLES.get(state.split()[0], "")),
             f"{worker.span.start}:{worker.span.end}" if worker.span.end else "",
             " ".join(p.pipeline_id for p in status.pipelines if worker.worker_id in p.worker_ids),
-            f"{worker.device} {_dtype(worker.dtype)}".strip(),
+            f"{_device(worker)} {_dtype(worker.dtype)}".strip(),
             worker.address,
             str(worker.pid),
             _mib(worker.weight_bytes),
@@ -197,6 +197,11 @@ def _table(*columns: str) -> Table:
 def _number_columns(table: Table, *columns: str) -> None:
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
+
+
+def _device(worker: mesh_pb2.WorkerStatus) -> str:
+    ranks = worker.tensor_parallel
+    return f"{worker.device} ×{ranks}" if ranks > 1 else str(worker.device)
 
 
 def _dtype(dtype: plan_pb2.DType) -> str:

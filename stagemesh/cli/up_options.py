@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from stagemesh.cli.stage_ranks import ranks_of_stages
+from stagemesh.cores import num_cores
 from stagemesh.demo import demo_model_dir
 from stagemesh.errors import ConfigError
 from stagemesh.logs import LEVELS
@@ -41,6 +43,10 @@ class UpOptions:
     )
     quantization: str | None = option(
         None, help="how weights are held: auto, none, int8, int4-g64, … (docs/quantisation.md)"
+    )
+    tensor_parallel: tuple[str, ...] = option(
+        (),
+        help="ranks that share the layers of each worker, or one number per stage: 2 or 2,1,1 [1]",
     )
     threads_per_stage: int | None = option(
         None, help="threads of each worker [the cores, shared out]", minimum=1, maximum=1024
@@ -92,6 +98,7 @@ class UpOptions:
     def __post_init__(self) -> None:
         check_options(self)
         ports = [port for port in (self.grpc_port, self.http_port, self.scheduler_port) if port]
+        self.ranks()
         if len(set(ports)) < len(ports):
             raise ConfigError("--grpc-port, --http-port and --scheduler-port must differ")
 
@@ -112,31 +119,33 @@ class UpOptions:
             raise ConfigError(f"--model {self.model}: no model there (a config.json is wanted)")
         return self.model.resolve()
 
-    def threads(self) -> int:
-        """Threads of each worker: as many as were asked for, or this host's cores shared out."""
-        if self.threads_per_stage is not None:
-            return self.threads_per_stage
-        return _asked_threads() or max(1, num_cores() // self.num_stage_workers)
+    def ranks(self) -> tuple[int, ...]:
+        """Of each stage's workers. Raises ConfigError."""
+        return ranks_of_stages(self.tensor_parallel, self.stages)
 
-    def threads_when_alone(self) -> int:
-        """Threads of a worker's step while the other stages of its pipeline are idle; 0: as many
-        as otherwise. Sums differ in their last bits by the number of threads."""
+    def num_ranks(self) -> int:
+        """Of all workers that the mesh needs: the processes that compute."""
+        return sum(self.ranks()) * self.replicas
+
+    def threads(self, ranks: int = 1) -> int:
+        """Threads of each rank of a worker that has so many: as many as were asked for, or this
+        host's cores shared out."""
+        if self.threads_per_stage is not None:
+            return max(1, self.threads_per_stage // ranks)
+        return _asked_threads() or max(1, num_cores() // self.num_ranks())
+
+    def threads_when_alone(self, ranks: int = 1) -> int:
+        """Threads of each rank in a step while the pipeline's other stages are idle; 0: as many as
+        otherwise. Sums differ in their last bits by the number of threads."""
         if self.lone_threads is not None:
             return self.lone_threads
         is_told = self.threads_per_stage is not None or _asked_threads() > 0
         if is_told or self.batch_invariant:
             return 0
-        return max(1, num_cores() // self.replicas)
+        return max(1, num_cores() // self.replicas // ranks)
 
 
 def _asked_threads() -> int:
     """What the environment says of any program's threads; 0 where it says nothing."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return int(asked) if asked.isdecimal() else 0
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

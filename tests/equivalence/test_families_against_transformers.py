@@ -1,8 +1,4 @@
-"""Greedy tokens are those of transformers, for every family and rope scaling, however it is cut.
-
-Where the smallest gap between the two likeliest tokens is at least 100 times the numerical noise
-seen, no tolerance is given: the tokens are the same.
-"""
+"""Greedy tokens are those of transformers, for every family and rope scaling, however it is cut."""
 
 from __future__ import annotations
 

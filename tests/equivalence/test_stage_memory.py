@@ -74,19 +74,24 @@ def make_checkpoint(path: Path, *, tied: bool, dtype: torch.dtype = torch.float3
     return total
 
 
-def check_shares(path: Path, cases: list[Case]) -> None:
+def measured(path: Path, cases: list[Case], ranks: list[tuple[int, int]]) -> list[dict[str, int]]:
     program = REPO / "tests" / "support" / "measure_stage_memory.py"
     finished = subprocess.run(
-        [sys.executable, str(program), str(path), json.dumps(cases)],
+        [
+            *(sys.executable, str(program), str(path)),
+            json.dumps([[*case, *rank] for case, rank in zip(cases, ranks, strict=True)]),
+        ],
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)},
     )
     assert finished.returncode == 0, finished.stderr
-    lines = finished.stdout.splitlines()
-    for case, line in zip(cases, lines, strict=True):
-        told = json.loads(line)
+    return [json.loads(line) for line in finished.stdout.splitlines()]
+
+
+def check_shares(path: Path, cases: list[Case]) -> None:
+    for case, told in zip(cases, measured(path, cases, [(0, 1)] * len(cases)), strict=True):
         share = (told["peak"] - told["idle"]) / told["weights"]
         print(f"{case}: peak {share:.3f} of {told['weights'] / 2**20:.0f} MiB")
         beside = MAX_PIECES_BYTES / told["weights"] if "int" in case[-1] else 0
@@ -94,10 +99,33 @@ def check_shares(path: Path, cases: list[Case]) -> None:
         assert told["loaded"] - told["idle"] >= 0.5 * told["weights"]  # it did load them
 
 
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("memory") / "untied"
+    assert make_checkpoint(path, tied=False) >= 400e6
+    return path
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_peak_anonymous_memory_of_stages(tmp_path: Path) -> None:
-    assert make_checkpoint(tmp_path / "untied", tied=False) >= 400e6
-    check_shares(tmp_path / "untied", CASES)
+def test_peak_anonymous_memory_of_stages(untied: Path) -> None:
+    check_shares(untied, CASES)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_rank_reads_and_holds_its_share(untied: Path) -> None:
+    cases: list[Case] = [(0, 8, "float32", False, "auto"), (6, 8, "float32", False, "auto")]
+    for case in cases:
+        ranks = [(0, 1), (0, 2), (1, 2), (3, 4)]
+        whole, *parts = measured(untied, [case] * len(ranks), ranks)
+        for (rank, size), told in zip(ranks[1:], parts, strict=True):
+            share = whole["weights"] / size
+            peak = (told["peak"] - told["idle"]) / share
+            print(
+                f"{case}, rank {rank} of {size}: peak {peak:.3f}, read {told['read'] / share:.3f}"
+            )
+            assert peak <= MAX_SHARE
+            assert told["read"] <= MAX_SHARE * share
+            assert told["read"] >= 0.9 * share  # it was counted
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

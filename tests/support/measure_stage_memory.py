@@ -2,9 +2,10 @@
 
     python measure_stage_memory.py MODEL_DIR CASES
 
-CASES is JSON: [[start, end, dtype, batch_invariant, quantization], …]. Each case runs in a fork of
-a process that has imported everything and holds nothing, as an idle worker does. A line of JSON per
-case: {"idle", "loaded", "peak", "weights"} in bytes, KV not yet there; the peak spans a step too.
+CASES is JSON: [[start, end, dtype, batch_invariant, quantization, rank, size], …]. Each case runs
+in a fork of a process that has imported everything and holds nothing, as an idle worker does. A
+line of JSON per case: {"idle", "loaded", "peak", "weights", "read"} in bytes, KV not yet there; the
+peak spans a step too. "read" is what was looked at of matrices of floats.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from stage_worker.executor import ExecutorConfig, StageExecutor
+from stage_worker.weight_source import FloatSource
 from stagemesh.plan import BlockUpdate, Epoch, Row, SequenceState, Span, Step
 from stagemesh.quantization import parse_quantization
 from stagemesh.sampling import SamplingSpec
@@ -56,11 +60,53 @@ class Peak:
             thread.join()
 
 
+class LonelyRank:
+    """A group whose other ranks are not there: sums are wrong, memory is right."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [x] * self.size
+
+    def gather(self, x: torch.Tensor) -> list[torch.Tensor] | None:
+        return None if self.rank else [x] * self.size
+
+
+@contextmanager
+def counted_reads() -> Iterator[list[int]]:
+    """Of each matrix what was read last."""
+    read: dict[tuple[int, int], int] = {}
+    dense = FloatSource.dense
+    total = [0]
+
+    def counted(self: FloatSource, start: int, end: int) -> torch.Tensor:
+        rows = dense(self, start, end)
+        read[rows.data_ptr(), end - start] = rows.numel() * rows.itemsize
+        total[0] = sum(read.values())
+        return rows
+
+    FloatSource.dense = counted  # type: ignore[method-assign]
+    try:
+        yield total
+    finally:
+        FloatSource.dense = dense  # type: ignore[method-assign]
+
+
 def measure(
-    model_dir: Path, span: Span, dtype: str, batch_invariant: bool, quantization: str
+    model_dir: Path,
+    span: Span,
+    dtype: str,
+    batch_invariant: bool,
+    quantization: str,
+    rank: int,
+    size: int,
 ) -> dict[str, int]:
     idle, peak = anonymous_bytes(), Peak()
-    with peak.watched():
+    with peak.watched(), counted_reads() as read:
         config = ExecutorConfig(
             model_dir,
             span,
@@ -72,12 +118,18 @@ def measure(
             1,
             quantization=parse_quantization(quantization),
         )
-        stage = StageExecutor.load(config, peak.look)
+        stage = StageExecutor.load(config, peak.look, LonelyRank(rank, size))
         loaded = anonymous_bytes()
         execute_one_step(stage, span)
         peak.look()
     weights = stage.facts.weight_bytes
-    return {"idle": idle, "loaded": loaded, "peak": peak.value, "weights": weights}
+    return {
+        "idle": idle,
+        "loaded": loaded,
+        "peak": peak.value,
+        "weights": weights,
+        "read": read[0],
+    }
 
 
 def execute_one_step(stage: StageExecutor, span: Span) -> None:
@@ -110,16 +162,17 @@ def execute_one_step(stage: StageExecutor, span: Span) -> None:
 
 
 def main(model_dir: Path, cases: list[list[object]]) -> None:
-    for start, end, dtype, batch_invariant, quantization in cases:
+    for start, end, dtype, batch_invariant, quantization, rank, size in cases:
         child = os.fork()
         if child == 0:
             span = Span(int(str(start)), int(str(end)))
-            told = measure(model_dir, span, str(dtype), bool(batch_invariant), str(quantization))
+            numerics = str(dtype), bool(batch_invariant), str(quantization)
+            told = measure(model_dir, span, *numerics, int(str(rank)), int(str(size)))
             print(json.dumps(told), flush=True)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         if status:
-            sys.exit(f"case {start, end, dtype, batch_invariant, quantization} failed")
+            sys.exit(f"case {start, end, dtype, batch_invariant, quantization, rank, size} failed")
 
 
 if __name__ == "__main__":

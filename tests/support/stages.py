@@ -128,6 +128,10 @@ def _ignore(loaded_bytes: int, total_bytes: int) -> None:
     pass
 
 
+def _load(config: ExecutorConfig) -> StageExecutor:
+    return StageExecutor.load(config, _ignore)
+
+
 class Chain:
     """Stages in order, joined as one pipeline; blocks are handed out in a shuffled order.
 
@@ -151,6 +155,7 @@ class Chain:
         wire_dtype: str = "auto",
         quantization: str = "auto",
         kv_dtype: str = "auto",
+        load: Callable[[ExecutorConfig], StageExecutor] = _load,
     ) -> None:
         self.pipeline_id = pipeline_id
         num_layers = ModelSpec.from_directory(model_dir).num_layers
@@ -172,7 +177,7 @@ class Chain:
             )
             for span in even_spans(num_layers, num_stages)
         ]
-        self.stages = [StageExecutor.load(config, _ignore) for config in self._configs]
+        self.stages = [load(config) for config in self._configs]
         self.from_end = [False] * num_stages
         self.num_log_blocks: int | None = None
         self._begin(seed)
@@ -220,7 +225,7 @@ class Chain:
         """Replaces stages by fresh ones whose pages are rubbish; returns those that were lost."""
         gone = [self.stages[i] for i in lost]
         for i in lost:
-            self.stages[i] = StageExecutor.load(self._configs[i], _ignore)
+            self.stages[i] = _load(self._configs[i])
             for pages in (*self.stages[i].cache.memory, self.stages[i].log.pages):
                 pages.view(torch.uint8).fill_(255)  # NaN, as any of the types
         self.join(keep_kv=True, lost=lost)

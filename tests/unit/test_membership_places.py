@@ -49,6 +49,21 @@ def test_a_spare_that_has_the_layers_is_there_at_once() -> None:
     assert mesh.workers["d"].loads_told == [(3, 6)]
 
 
+def test_a_spare_with_as_many_ranks_is_preferred_and_any_other_will_do() -> None:
+    mesh = FakeMesh(replace(LIMITS, num_stages=2, num_replicas=1))
+    for worker_id, ranks in (("a", 1), ("b", 2), ("c", 1), ("d", 1), ("e", 2)):
+        span = (0, 3) if worker_id == "a" else (3, 6)
+        mesh.register(worker_id, span=span, tensor_parallel=ranks)
+        mesh.run()
+    assert mesh.stages() == ["a", "b"]
+    mesh.kill("b")
+    mesh.wait(250 * MS)
+    assert mesh.stages() == ["a", "e"]
+    mesh.kill("e")
+    mesh.wait(250 * MS)
+    assert mesh.stages() == ["a", "c"]
+
+
 def test_a_spare_with_other_layers_loads_where_there_is_no_better_one() -> None:
     mesh = two_stages()
     mesh.register("c")

@@ -1,0 +1,233 @@
+"""A stage whose layers are split over ranks, as rank 0 has it: its part, and word to the others.
+
+Used like a StageExecutor, on the device thread. Every rank executes every step; hidden states and
+tokens are the same on all of them, and leave by this one. A step in which this rank fails and
+another does not would leave that one waiting in a collective: then all are ended.
+
+    n blocks of a batch
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from protos import ranks_pb2
+from stage_worker import rank_link
+from stage_worker.block_ranges import BlockRange, PipelineBlocks
+from stage_worker.collectives import Group
+from stage_worker.executor import StageExecutor, StageOutput
+from stage_worker.loading import ExecutorConfig, ExecutorFacts, load_weights, make_stage
+from stage_worker.pages import PageStore
+from stage_worker.rank_link import Payload
+from stage_worker.rank_processes import RankProcesses
+from stage_worker.ranked_pages import HeadLayout
+from stage_worker.sharding import Shards
+from stage_worker.warm_up import warm_up
+from stagemesh import wire, wire_steps
+from stagemesh.errors import InternalError, StageMeshError
+from stagemesh.model_spec import ModelSpec
+from stagemesh.plan import Step
+
+_OUTCOME_TIMEOUT_S = 5.0
+
+
+class RankedStage:
+    """`load` makes it."""
+
+    def __init__(
+        self, own: StageExecutor, others: OtherRanks, group: Group, weight_bytes: int
+    ) -> None:
+        self._own = own
+        self._others = others
+        self.spec: ModelSpec = own.spec
+        self.wire_dtype = own.wire_dtype
+        self.pages = PageStore(RankedBlocks(own, others, group.size), own.log)
+        self.facts: ExecutorFacts = replace(
+            own.facts,
+            weight_bytes=weight_bytes,
+            kv_block_bytes=own.facts.kv_block_bytes * group.size,
+        )
+
+    @classmethod
+    @torch.inference_mode()
+    def load(
+        cls,
+        config: ExecutorConfig,
+        on_progress: Callable[[int, int], None],
+        ranks: RankProcesses,
+        group: Group,
+    ) -> RankedStage:
+        """All ranks read at once; then this one says how many blocks all of them have. Errors as
+        of `load_stage`, of whichever rank."""
+        others = OtherRanks(ranks)
+        others.tell(ranks_pb2.RankCommand(load=_load_message(config)))
+        try:
+            weights = load_weights(config, on_progress, group)
+        except Exception:
+            with contextlib.suppress(StageMeshError):
+                others.answers()
+            raise
+        weight_bytes = weights.num_bytes + sum(reply.weight_bytes for reply, _ in others.answers())
+        own = StageExecutor(make_stage(weights))
+        make_pages = ranks_pb2.MakePages(num_blocks=own.facts.num_blocks)
+        others.ask(ranks_pb2.RankCommand(make_pages=make_pages))
+        stage = cls(own, others, group, weight_bytes)
+        warm_up(stage, config.span)
+        own.forget_routing()
+        return stage
+
+    @property
+    def num_sequences(self) -> int:
+        return self._own.num_sequences
+
+    def routing(self) -> dict[int, list[int]]:
+        """As StageExecutor.routing: every rank sees all tokens, and chooses the same experts."""
+        return self._own.routing()
+
+    def join(
+        self,
+        *,
+        pipeline_id: str,
+        stage: int,
+        num_stages: int,
+        blocks: PipelineBlocks,
+        keep_kv: bool,
+    ) -> None:
+        """As StageExecutor.join."""
+        self._own.join(
+            pipeline_id=pipeline_id,
+            stage=stage,
+            num_stages=num_stages,
+            blocks=blocks,
+            keep_kv=keep_kv,
+        )
+        join = ranks_pb2.JoinPipeline(
+            pipeline_id=pipeline_id,
+            stage=stage,
+            num_stages=num_stages,
+            kv=_range_message(blocks.kv),
+            log=_range_message(blocks.log),
+            keep_kv=keep_kv,
+        )
+        self._others.ask(ranks_pb2.RankCommand(join=join))
+
+    def forget(self) -> None:
+        self._own.forget()
+        self._others.ask(ranks_pb2.RankCommand(forget=ranks_pb2.ForgetPipelines()))
+
+    def execute(self, step: Step, payload: Payload, payload_dtype: str) -> StageOutput:
+        """As StageExecutor.execute."""
+        command = ranks_pb2.RankCommand()
+        wire_steps.write_step(command.step.step, step)
+        command.step.payload_dtype = payload_dtype
+        self._others.tell(command, payload)
+        try:
+            return self._own.execute(step, payload, payload_dtype)
+        except Exception as error:
+            self._others.check_failed_too(error)
+            raise
+
+
+class OtherRanks:
+    """Ranks 1 and up, from the device thread."""
+
+    def __init__(self, ranks: RankProcesses) -> None:
+        self._ranks = ranks
+
+    def tell(self, command: ranks_pb2.RankCommand, payload: Payload = b"") -> None:
+        """Raises PeerLost."""
+        for link in self._ranks.links:
+            rank_link.send(link, command, payload)
+
+    def tell_each(self, command: ranks_pb2.RankCommand, payloads: Sequence[Payload]) -> None:
+        for link, payload in zip(self._ranks.links, payloads, strict=True):
+            rank_link.send(link, command, payload)
+
+    def answers(self) -> list[tuple[ranks_pb2.RankReply, bytearray]]:
+        """Of every rank to the last command. Raises the first error of them, or PeerLost."""
+        found = [rank_link.receive(link, ranks_pb2.RankReply) for link in self._ranks.links]
+        for reply, _ in found:
+            if reply.HasField("error"):
+                raise wire.error_from_proto(reply.error)
+        return found
+
+    def ask(self, command: ranks_pb2.RankCommand) -> list[tuple[ranks_pb2.RankReply, bytearray]]:
+        self.tell(command)
+        return self.answers()
+
+    def check_failed_too(self, error: Exception) -> None:
+        """Ends all ranks, and so the worker, unless each has found fault with the step."""
+        for link in self._ranks.links:
+            link.settimeout(_OUTCOME_TIMEOUT_S)
+        try:
+            self.ask(ranks_pb2.RankCommand(say_outcome=ranks_pb2.SayOutcome()))
+        except StageMeshError as theirs:
+            if type(theirs) is type(error):
+                return
+        finally:
+            for link in self._ranks.links:
+                link.settimeout(None)
+        self._ranks.kill_processes()
+        raise InternalError(f"one rank failed and others did not: {error!r}") from error
+
+
+class RankedBlocks:
+    """The KvBlocks of all ranks as one, with all heads."""
+
+    def __init__(self, own: StageExecutor, others: OtherRanks, size: int) -> None:
+        self._cache = own.cache
+        self._others = others
+        self.dtype = own.cache.dtype
+        self.kv_dtype = own.cache.kv_dtype
+        self._layout = HeadLayout.of(own.cache, own.spec.head_dim)
+        self._heads = [Shards(own.spec, rank, size).kv_heads for rank in range(size)]
+        self._num_shares = own.spec.num_kv_heads // len(self._heads[0])
+
+    @property
+    def block_bytes(self) -> int:
+        return self._cache.block_bytes * self._num_shares
+
+    def read_blocks(self, places: Sequence[int]) -> Tensor:
+        """[n, block_bytes]"""
+        asked = ranks_pb2.RankCommand(read_blocks=ranks_pb2.ReadBlocks(places=places))
+        self._others.tell(asked)
+        parts = [self._cache.read_blocks(places)]
+        for _, content in self._others.answers():
+            parts.append(torch.frombuffer(content, dtype=torch.uint8).view(len(places), -1))
+        # Where several ranks have the same heads, any of them will do.
+        by_heads = {heads.start: part for heads, part in zip(self._heads, parts, strict=True)}
+        return self._layout.join([by_heads[start] for start in sorted(by_heads)])
+
+    def write_blocks(self, places: Sequence[int], pages: Tensor) -> None:
+        """pages: [n, block_bytes]"""
+        own, *theirs = [self._layout.take(pages, heads) for heads in self._heads]
+        asked = ranks_pb2.RankCommand(write_blocks=ranks_pb2.WriteBlocks(places=places))
+        self._others.tell_each(asked, [part.numpy().data.cast("B") for part in theirs])
+        self._cache.write_blocks(places, own)
+        self._others.answers()
+
+
+def _range_message(blocks: BlockRange) -> ranks_pb2.BlockRange:
+    return ranks_pb2.BlockRange(
+        capacity=blocks.capacity, num_blocks=blocks.num_blocks, from_end=blocks.from_end
+    )
+
+
+def _load_message(config: ExecutorConfig) -> ranks_pb2.LoadShard:
+    return ranks_pb2.LoadShard(
+        model_dir=str(config.model_dir),
+        span=wire.span_to_proto(config.span),
+        device=config.device,
+        dtype=config.dtype,
+        batch_invariant=config.batch_invariant,
+        block_size_tokens=config.block_size_tokens,
+        wire_dtype=config.wire_dtype,
+        kv_dtype=config.kv_dtype,
+        quantization=str(config.quantization),
+        lone_threads=config.lone_threads,
+    )
