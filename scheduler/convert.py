@@ -58,6 +58,7 @@ def registration_from_proto(
         followed_term=message.followed_term,
         wire_dtype=wire.dtype_from_proto(message.wire_dtype),
         kv_dtype=wire.dtype_from_proto(message.kv_dtype or message.dtype),
+        adapters=dict(message.adapters),
     )
 
 
@@ -128,4 +129,5 @@ def request_from_proto(message: mesh_pb2.SubmitRequest, gateway: int, now_ns: in
         priority=message.priority,
         deadline_ns=None if remaining_ns is None else now_ns + remaining_ns,
         cache_salt=message.cache_salt,
+        adapter=message.adapter,
     )

@@ -5,7 +5,8 @@ Frozen values; the adapters turn them into protobuf messages, calls of the core 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from scheduler.core import PipelineFacts
 from stagemesh.errors import StageMeshError
@@ -53,6 +54,8 @@ class Registration:
     wire_dtype: str = ""
     # In which type KV is held; "": in `dtype`.
     kv_dtype: str = ""
+    # Identities of the adapters that it holds, by name.
+    adapters: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from stage_worker.batch import BatchBuilder, PlacedRow
 from stage_worker.decoder import Decoder
 from stage_worker.kernels import Kernels
 from stage_worker.kv_cache import KvCache, PlainKvCache
+from stage_worker.lora import StageAdapters
 from stage_worker.rope import inverse_frequencies
 from stage_worker.weights import StageWeights
 from stagemesh.model_spec import ModelSpec
@@ -73,6 +74,7 @@ def make_decoding(
     cache: KvCache,
     kernels: Kernels,
     dtype: torch.dtype,
+    adapters: StageAdapters,
 ) -> Decoding:
     """For the device that the cache's pages are on; ready to take steps."""
     windows = spec.layer_windows[span.start : span.end]
@@ -80,7 +82,8 @@ def make_decoding(
     if cache.device.type == "cuda":
         assert isinstance(cache, PlainKvCache)
         return cuda_decoding(spec, windows, weights, cache, dtype)
-    batches = BatchBuilder(windows, spec.ropes, ropes, kernels.attention, cache, dtype)
+    attention = kernels.attention
+    batches = BatchBuilder(windows, spec.ropes, ropes, attention, cache, dtype, adapters)
     return Decoding(batches, Decoder(spec, windows, ropes, weights, cache, kernels, dtype))
 
 

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from stage_worker.adapter_loading import AdapterLoader
 from stage_worker.block_ranges import PipelineBlocks
 from stage_worker.boundary_log import BoundaryLog, choose_num_log_blocks, log_block_bytes
 from stage_worker.checkpoint import TORCH_DTYPES
@@ -27,6 +28,7 @@ from stage_worker.kv_cache import (
 )
 from stage_worker.kv_dtype import resolve_kv_dtype
 from stage_worker.linear_schemes import Numerics
+from stage_worker.lora import StageAdapters
 from stage_worker.memory import available_bytes, trim
 from stage_worker.packed_kv_cache import PackedKvCache
 from stage_worker.payload import resolve_wire_dtype
@@ -43,7 +45,7 @@ class ExecutorConfig:
     """`dtype` may be "auto", `wire_dtype` and `kv_dtype` too: what is computed with. KV:
     `num_blocks` where given, else what fits the memory. The log has as many blocks where
     `max_log_memory_bytes` is None and the host has room; 0 is for no log. `lone_threads`: of steps
-    that are alone in their pipeline; 0: as of all steps.
+    that are alone in their pipeline; 0: as of all steps. `adapters`: directories by identity.
     """
 
     model_dir: Path
@@ -59,6 +61,7 @@ class ExecutorConfig:
     quantization: Quantization = AS_STORED
     lone_threads: int = 0
     kv_dtype: str = "auto"
+    adapters: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,7 @@ class LoadedStage:
     wire_dtype: str
     threads: ThreadCounts
     routed: Mapping[int, Tensor]
+    adapters: StageAdapters
 
 
 def resolve_dtype(dtype: str, spec: ModelSpec, device: torch.device) -> str:
@@ -133,15 +137,19 @@ def load_stage(config: ExecutorConfig, on_progress: Callable[[int, int], None]) 
     numerics = Numerics(dtype, device, config.quantization, config.batch_invariant)
     progress = _Progress(on_progress)
     loader = WeightLoader(config.model_dir, spec, numerics, progress.advance)
-    progress.total_bytes = loader.span_bytes(config.span)
+    adapter_loader = AdapterLoader(config.adapters, spec, dtype, device)
+    progress.total_bytes = loader.span_bytes(config.span) + adapter_loader.span_bytes(config.span)
     _check_fits(progress.total_bytes, device)
     try:
         weights = loader.load(config.span)
+        adapters = adapter_loader.load(
+            config.span, progress.advance, one_by_one=config.batch_invariant
+        )
         progress.end()
         trim()
         cache = _make_cache(spec, config, dtype, kv_dtype, device)
         log = _make_log(spec, config, cache.num_blocks, dtype)
-        decoding = make_decoding(spec, config.span, weights, cache, kernels, dtype)
+        decoding = make_decoding(spec, config.span, weights, cache, kernels, dtype, adapters)
     except (RuntimeError, MemoryError) as error:
         raise _as_out_of_memory(error) from error
     facts = ExecutorFacts(
@@ -155,7 +163,9 @@ def load_stage(config: ExecutorConfig, on_progress: Callable[[int, int], None]) 
     wire_dtype = resolve_wire_dtype(config.wire_dtype, dtype)
     threads = ThreadCounts(config.lone_threads)
     routed = routed_tokens(weights, config.span)
-    return LoadedStage(spec, config.span, decoding, cache, log, facts, wire_dtype, threads, routed)
+    return LoadedStage(
+        spec, config.span, decoding, cache, log, facts, wire_dtype, threads, routed, adapters
+    )
 
 
 class _Progress:

@@ -95,6 +95,7 @@ async def serve(
             address = await own_address.now()
             summary = await holder.summarise()
             identity = _identity(options, address, summary, dtype)
+            identity.adapters.update(holder.adapters)
             if on_ready is not None:
                 on_ready({"address": address, "id": identity.worker_id})
             guard = group.create_task(worker.guard_device(end_hard))

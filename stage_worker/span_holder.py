@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stage_worker.device_thread import DeviceThread
@@ -18,6 +19,7 @@ from stage_worker.host_memory import available_host_bytes
 from stage_worker.options import WorkerOptions
 from stage_worker.step_cost import StepCost
 from stagemesh.errors import CheckpointError, RequestCancelled
+from stagemesh.model_spec import ModelSpec
 from stagemesh.plan import ModelSummary, Span
 from stagemesh.quantization import parse_quantization
 
@@ -49,6 +51,8 @@ class SpanHolder:
         self._dtype = dtype
         self._device = device
         self.held: HeldSpan | None = None
+        # Identities by name, once `summarise` has told them.
+        self.adapters: dict[str, str] = {}
         self._stamps: FileStamps = ()
         self._device_bytes = 0  # as last measured, by the device thread
 
@@ -78,23 +82,35 @@ class SpanHolder:
         return self.held
 
     def _summarise(self) -> ModelSummary:
-        from stage_worker.identity import file_stamps, summarise
+        from stage_worker.adapter_files import checked_identity
+        from stage_worker.identity import summarise
 
-        self._stamps = file_stamps(self._options.model)  # first: a change meanwhile counts too
+        self._stamps = self._file_stamps()  # first: a change meanwhile counts too
         self._measure()
+        spec = ModelSpec.from_directory(self._options.model)
+        dirs = self._options.adapter_dirs()
+        self.adapters = {name: checked_identity(path, spec) for name, path in dirs.items()}
         return summarise(self._options.model, _numerics(self._options, self._dtype))
 
     def _load(self, span: Span, on_progress: OnProgress) -> HeldSpan:
-        from stage_worker.identity import file_stamps
-
-        held = _load(self._options, self._dtype, span, on_progress)
-        if file_stamps(self._options.model) != self._stamps:
+        dirs = self._options.adapter_dirs()
+        adapters = {identity: dirs[name] for name, identity in self.adapters.items()}
+        held = _load(self._options, self._dtype, span, adapters, on_progress)
+        if self._file_stamps() != self._stamps:
             raise CheckpointError(
-                f"files of {self._options.model} have changed since this worker told the mesh "
-                "what they hold; start it again"
+                f"files of {self._options.model} or of an adapter have changed since this worker "
+                "told the mesh what they hold; start it again"
             )
         self._measure()
         return held
+
+    def _file_stamps(self) -> FileStamps:
+        """Of the model's files, then of each adapter's."""
+        from stage_worker.adapter_files import adapter_stamps
+        from stage_worker.identity import file_stamps
+
+        dirs = self._options.adapter_dirs().values()
+        return file_stamps(self._options.model) + tuple(map(adapter_stamps, dirs))
 
     def _measure(self) -> None:
         if self._options.device != "cpu":
@@ -120,7 +136,13 @@ def _numerics(options: WorkerOptions, dtype: str) -> Numerics:
     )
 
 
-def _load(options: WorkerOptions, dtype: str, span: Span, on_progress: OnProgress) -> HeldSpan:
+def _load(
+    options: WorkerOptions,
+    dtype: str,
+    span: Span,
+    adapters: Mapping[str, Path],
+    on_progress: OnProgress,
+) -> HeldSpan:
     from stage_worker.executor import ExecutorConfig, StageExecutor
 
     gc.collect()  # what was held before may hang in cycles, and its memory is wanted
@@ -138,6 +160,7 @@ def _load(options: WorkerOptions, dtype: str, span: Span, on_progress: OnProgres
         wire_dtype=options.wire_dtype,
         lone_threads=options.lone_threads,
         kv_dtype=options.kv_dtype,
+        adapters=adapters,
     )
     executor = StageExecutor.load(config, on_progress)
     return HeldSpan(span, executor.facts, executor, StepCost(executor.spec, span))

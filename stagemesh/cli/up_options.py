@@ -42,6 +42,12 @@ class UpOptions:
     quantization: str | None = option(
         None, help="how weights are held: auto, none, int8, int4-g64, … (docs/quantisation.md)"
     )
+    adapters: tuple[str, ...] = option(
+        (),
+        flag="adapter",
+        help="LoRA adapters as NAME=DIR, more than one with commas or by repeating this; requests "
+        "choose one as their model (docs/adapters.md)",
+    )
     threads_per_stage: int | None = option(
         None, help="threads of each worker [the cores, shared out]", minimum=1, maximum=1024
     )
