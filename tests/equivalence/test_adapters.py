@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.adapters import TinyAdapter, merged, tiny_adapter
-from support.checkpoints import SIZES, TinyModel, prompts, reference_logprobs, rope, tiny_model
+from support.checkpoints import SIZES, TinyModel, prompts, reference_logprobs, tiny_model
 from support.stages import Chain, Live, Wish
 
 from stage_worker.adapter_files import adapter_identity
@@ -44,13 +44,35 @@ ADAPTERS = [
         seed=3,
     ),
 ]
-MODELS = [
-    TinyModel("llama", "LlamaConfig", {"attention_bias": True}, 0),
-    TinyModel("qwen3", "Qwen3Config", {"head_dim": 24, "tie_word_embeddings": True}, 1),
-    TinyModel("llama-dynamic", "LlamaConfig", rope("dynamic", factor=4.0), 2),
+# Matrices that files have as one are adapted as one; of a mixture of experts, what is beside it.
+FUSED = TinyAdapter(
+    "fused",
+    targets=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+    config={"target_modules": "all-linear"},
+)
+DENSE_PARTS = TinyAdapter("dense-parts", seed=4)
+MIXTURE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "mlp_only_layers": [1],
+}
+CASES = [
+    (TinyModel("llama", "LlamaConfig", {"attention_bias": True}, 0), ADAPTERS),
+    (
+        TinyModel("qwen3", "Qwen3Config", {"head_dim": 24, "tie_word_embeddings": True}, 1),
+        ADAPTERS,
+    ),
+    (TinyModel("phi3", "Phi3Config", {"pad_token_id": 0}, 2), [FUSED]),
+    (TinyModel("qwen3-moe", "Qwen3MoeConfig", MIXTURE, 3), [DENSE_PARTS]),
 ]
 
-of_one_model = pytest.mark.parametrize("case", MODELS[:1], ids=str, indirect=True)
+
+def name_of(entry: tuple[TinyModel, list[TinyAdapter]]) -> str:
+    return entry[0].name
+
+
+of_one_model = pytest.mark.parametrize("case", CASES[:1], ids=name_of, indirect=True)
 
 
 @dataclass
@@ -73,12 +95,13 @@ class Case:
         ]
 
 
-@pytest.fixture(scope="module", params=MODELS, ids=str)
+@pytest.fixture(scope="module", params=CASES, ids=name_of)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    model, directory = request.param, tmp_path_factory.mktemp("adapters")
+    model, adapters = request.param
+    directory = tmp_path_factory.mktemp("adapters")
     base = tiny_model(model, directory)
     case = Case(directory / model.name, {}, {"": base})
-    for adapter in ADAPTERS:
+    for adapter in adapters:
         path = tiny_adapter(adapter, base, directory)
         identity = adapter_identity(path)
         case.adapters[identity] = path
@@ -101,13 +124,12 @@ def check(case: Case, live: Live) -> None:
 
 
 @pytest.mark.parametrize("num_stages", [1, 3])
-def test_32_rows_of_three_adapters_and_of_none_side_by_side(case: Case, num_stages: int) -> None:
+def test_32_rows_of_all_adapters_and_of_none_side_by_side(case: Case, num_stages: int) -> None:
     chain = case.chain(num_stages, seed=num_stages)
-    for chunk in (None, 7):
-        lives = chain.run(case.wishes(32, 10, seed=num_stages), chunk=chunk)
-        assert len(lives) == 32
-        for live in lives:
-            check(case, live)
+    lives = chain.run(case.wishes(32, 10, seed=num_stages), chunk=7 if num_stages > 1 else None)
+    assert len(lives) == 32
+    for live in lives:
+        check(case, live)
 
 
 @of_one_model
