@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ class LoneStage:
         *,
         kv_dtype: str = "auto",
         shuffled: bool = False,
+        adapters: Mapping[str, Path] | None = None,
     ) -> None:
         self.spec = ModelSpec.from_directory(model_dir)
         num_blocks = num_tokens // BLOCK_SIZE_TOKENS + 256
@@ -48,6 +50,7 @@ class LoneStage:
             num_blocks,
             quantization=parse_quantization(quantization),
             kv_dtype=kv_dtype,
+            adapters=adapters or {},
         )
         _fill(self.executor.cache, self.spec)
         join(self.executor)
@@ -56,13 +59,19 @@ class LoneStage:
             random.Random(0).shuffle(self._blocks)
         self._num_steps = self._num_sequences = 0
 
-    def decode(self, contexts: Sequence[int], sampling: SamplingSpec = GREEDY) -> Decode:
-        """A step of one token for each of these contexts, the token itself counted."""
+    def decode(
+        self,
+        contexts: Sequence[int],
+        sampling: SamplingSpec = GREEDY,
+        adapters: Sequence[str] = ("",),
+    ) -> Decode:
+        """A step of one token for each of these contexts, the token itself counted; sequences take
+        the adapters in turn."""
         numbers = range(self._num_sequences, self._num_sequences + len(contexts))
         self._num_sequences = numbers.stop
         free = iter(self._blocks)
         rows = []
-        for number, context in zip(numbers, contexts, strict=True):
+        for number, context, adapter in zip(numbers, contexts, cycle(adapters)):
             blocks = tuple(next(free) for _ in range(-(-context // BLOCK_SIZE_TOKENS) + 1))
             prompt = tuple(i % self.spec.vocab_size for i in range(number, number + context))
             rows.append(
@@ -76,7 +85,7 @@ class LoneStage:
                     first_stage=0,
                     end_stage=1,
                     sample_positions=(context - 1,),
-                    state=SequenceState(prompt, (), sampling, context + BLOCK_SIZE_TOKENS),
+                    state=SequenceState(prompt, (), sampling, context + BLOCK_SIZE_TOKENS, adapter),
                 )
             )
         return Decode(self, rows)

@@ -114,6 +114,7 @@ class Choice:
                 deadline_s=self._accepted.deadline_s,
                 margin_s=self._accepted.margin_s,
                 cache_salt=prepared.request.cache_salt,
+                adapter=prepared.adapter,
             )
         )
 

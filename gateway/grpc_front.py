@@ -81,17 +81,20 @@ class TextGenerationServicer(pb_grpc.TextGenerationServicer):
         self, request: pb.GetModelRequest, context: Context
     ) -> pb.GetModelResponse:
         try:
-            self._service.model.check_name(request.model)
+            self._service.names.adapter(request.model)
         except StageMeshError as error:
             await abort_with(context, error)
         view = self._service.mesh.view
-        return model_to_proto(self._service.model, view.identity, self._service.max_model_len)
+        answer = model_to_proto(self._service.model, view.identity, self._service.max_model_len)
+        answer.model = request.model or answer.model
+        answer.adapters.extend(self._service.names.adapters)
+        return answer
 
     async def Tokenize(  # noqa: N802
         self, request: pb.TokenizeRequest, context: Context
     ) -> pb.TokenizeResponse:
         try:
-            self._service.model.check_name(request.model)
+            self._service.names.adapter(request.model)
             add = request.add_special_tokens if request.HasField("add_special_tokens") else None
             prompt = text_prompt(request, add)
             token_ids, _ = await self._service.preparer.prompt_token_ids(prompt)
@@ -103,7 +106,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServicer):
         self, request: pb.DetokenizeRequest, context: Context
     ) -> pb.DetokenizeResponse:
         try:
-            self._service.model.check_name(request.model)
+            self._service.names.adapter(request.model)
             text = await self._service.preparer.decode(
                 request.token_ids, skip_special=request.skip_special_tokens
             )

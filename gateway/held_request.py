@@ -35,6 +35,7 @@ class Submission:
     deadline_s: float | None = None
     margin_s: float = 0.0
     cache_salt: str = ""
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import grpc
 import grpc.aio
@@ -32,6 +32,8 @@ class MeshView:
     max_model_len: int = 0
     num_pipelines: int = 0
     detail: str = ""
+    # Identities of the adapters that requests may choose, by name.
+    adapters: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_proto(cls, message: mesh_pb2.MeshState) -> MeshView:
@@ -42,6 +44,7 @@ class MeshView:
             message.max_model_len,
             message.num_pipelines,
             message.detail,
+            dict(message.adapters),
         )
 
 
@@ -198,6 +201,7 @@ def submit_to_proto(held: HeldRequest) -> mesh_pb2.GatewayMessage:
         max_tokens=submission.max_tokens,
         priority=submission.priority,
         cache_salt=submission.cache_salt,
+        adapter=submission.adapter,
     )
     if submission.deadline_s is not None:
         remaining_s = submission.deadline_s - asyncio.get_running_loop().time()

@@ -9,7 +9,7 @@ from typing import Any
 
 from gateway.chat_template import ChatTemplate, find_chat_template
 from gateway.tokenizer import Tokenizer, read_json
-from stagemesh.errors import CheckpointError, InvalidRequest, ModelNotFound
+from stagemesh.errors import CheckpointError, InvalidRequest
 from stagemesh.model_spec import ModelSpec
 from stagemesh.sampling import SamplingSpec
 
@@ -54,11 +54,6 @@ class ServedModel:
             eos_token_ids=spec.eos_token_ids,
             default_sampling=_default_sampling(directory / "generation_config.json"),
         )
-
-    def check_name(self, name: str) -> None:
-        """Raises ModelNotFound unless `name` is empty or this model's."""
-        if name and name != self.name:
-            raise ModelNotFound(f"no model {name!r} here; {self.name!r} is served")
 
     def template(self) -> ChatTemplate:
         if self.chat_template is None:

@@ -40,13 +40,15 @@ _INLINE_CHARS = 2000
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A request with nothing left open. `prompt_text` is the prompt before tokenising, or None."""
+    """A request with nothing left open. `prompt_text` is the prompt before tokenising, or None;
+    `adapter` the identity of the one that its model's name stands for, or empty."""
 
     request: GenerationRequest
     prompt_token_ids: tuple[int, ...]
     prompt_text: str | None
     sampling: SamplingSpec
     max_tokens: int
+    adapter: str = ""
 
 
 class Preparer:

@@ -67,6 +67,7 @@ async def serve(options: GatewayOptions, on_ready: OnReady | None = None) -> Non
 
     def on_view(view: MeshView) -> None:
         rpc.set_serving(view.serving, SERVICE_NAME)
+        service.names.learn(view)
         _log.info("the mesh serves" if view.serving else "the mesh does not serve", why=view.detail)
 
     mesh = MeshClient(_mesh_settings(options), on_view)

@@ -14,6 +14,7 @@ from gateway.choice import Acceptance, Choice
 from gateway.mesh_client import MeshClient
 from gateway.metrics import GatewayMetrics
 from gateway.model import ServedModel
+from gateway.model_names import ModelNames
 from gateway.prepare import Preparer, check_shape
 from gateway.requests import GenerationRequest
 from gateway.seeds import choice_seed
@@ -38,6 +39,8 @@ class GenerationService:
         default_timeout_s: float | None = None,
     ) -> None:
         self.model = model
+        self.names = ModelNames(model.name)
+        self.names.learn(mesh.view)
         self.mesh = mesh
         self.metrics = metrics
         self._max_concurrent = max_concurrent_requests
@@ -64,7 +67,7 @@ class GenerationService:
         """
         with self._counting_refusals():
             for request in requests:
-                self.model.check_name(request.model)
+                self.names.adapter(request.model)
                 check_shape(request)
             self._check_room(num_choices := sum(request.num_choices for request in requests))
         with self._admitted(num_choices):
@@ -79,7 +82,9 @@ class GenerationService:
     async def _open(self, request: GenerationRequest) -> list[Choice]:
         timeout_s = self._default_timeout_s if request.timeout_s is None else request.timeout_s
         accepted = Acceptance.now(timeout_s, request.margin_s)
+        adapter = self.names.adapter(request.model)
         prepared = await self.preparer.prepare(request, self.max_model_len)
+        prepared = replace(prepared, adapter=adapter)
         seeds = (
             choice_seed(prepared.sampling.seed, number) for number in range(request.num_choices)
         )

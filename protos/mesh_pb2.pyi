@@ -73,7 +73,14 @@ class WorkerCommand(_message.Message):
     def __init__(self, welcome: _Optional[_Union[WelcomeWorker, _Mapping]] = ..., load_span: _Optional[_Union[LoadSpan, _Mapping]] = ..., join_epoch: _Optional[_Union[JoinEpoch, _Mapping]] = ..., leave_epoch: _Optional[_Union[LeaveEpoch, _Mapping]] = ..., refused: _Optional[_Union[_plan_pb2.Error, _Mapping]] = ..., shutdown: _Optional[_Union[ShutdownWorker, _Mapping]] = ...) -> None: ...
 
 class RegisterWorker(_message.Message):
-    __slots__ = ("protocol_version", "worker_id", "incarnation", "address", "model", "fixed_span", "loaded", "device", "dtype", "batch_invariant", "pid", "stagemesh_version", "max_kv_memory_bytes", "available_memory_bytes", "followed_term", "wire_dtype", "kv_dtype", "quantization", "tensor_parallel")
+    __slots__ = ("protocol_version", "worker_id", "incarnation", "address", "model", "fixed_span", "loaded", "device", "dtype", "batch_invariant", "pid", "stagemesh_version", "max_kv_memory_bytes", "available_memory_bytes", "followed_term", "wire_dtype", "kv_dtype", "quantization", "tensor_parallel", "adapters")
+    class AdaptersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -93,6 +100,7 @@ class RegisterWorker(_message.Message):
     KV_DTYPE_FIELD_NUMBER: _ClassVar[int]
     QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     TENSOR_PARALLEL_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     worker_id: str
     incarnation: int
@@ -112,7 +120,8 @@ class RegisterWorker(_message.Message):
     kv_dtype: _plan_pb2.DType
     quantization: str
     tensor_parallel: int
-    def __init__(self, protocol_version: _Optional[int] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., model: _Optional[_Union[ModelSummary, _Mapping]] = ..., fixed_span: _Optional[_Union[LayerSpan, _Mapping]] = ..., loaded: _Optional[_Union[SpanLoaded, _Mapping]] = ..., device: _Optional[str] = ..., dtype: _Optional[_Union[_plan_pb2.DType, str]] = ..., batch_invariant: bool = ..., pid: _Optional[int] = ..., stagemesh_version: _Optional[str] = ..., max_kv_memory_bytes: _Optional[int] = ..., available_memory_bytes: _Optional[int] = ..., followed_term: _Optional[int] = ..., wire_dtype: _Optional[_Union[_plan_pb2.DType, str]] = ..., kv_dtype: _Optional[_Union[_plan_pb2.DType, str]] = ..., quantization: _Optional[str] = ..., tensor_parallel: _Optional[int] = ...) -> None: ...
+    adapters: _containers.ScalarMap[str, str]
+    def __init__(self, protocol_version: _Optional[int] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., model: _Optional[_Union[ModelSummary, _Mapping]] = ..., fixed_span: _Optional[_Union[LayerSpan, _Mapping]] = ..., loaded: _Optional[_Union[SpanLoaded, _Mapping]] = ..., device: _Optional[str] = ..., dtype: _Optional[_Union[_plan_pb2.DType, str]] = ..., batch_invariant: bool = ..., pid: _Optional[int] = ..., stagemesh_version: _Optional[str] = ..., max_kv_memory_bytes: _Optional[int] = ..., available_memory_bytes: _Optional[int] = ..., followed_term: _Optional[int] = ..., wire_dtype: _Optional[_Union[_plan_pb2.DType, str]] = ..., kv_dtype: _Optional[_Union[_plan_pb2.DType, str]] = ..., quantization: _Optional[str] = ..., tensor_parallel: _Optional[int] = ..., adapters: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class ModelSummary(_message.Message):
     __slots__ = ("name", "architecture", "num_layers", "hidden_size", "vocab_size", "max_position", "layer_bytes", "embedding_bytes", "head_bytes", "structure_hash", "part_hashes", "dynamic_rope_length")
@@ -410,7 +419,7 @@ class GatewayHeartbeat(_message.Message):
     def __init__(self) -> None: ...
 
 class SubmitRequest(_message.Message):
-    __slots__ = ("request", "attempt", "label", "model", "prompt_token_ids", "output_token_ids", "sampling", "max_tokens", "priority", "remaining_ns", "cache_salt")
+    __slots__ = ("request", "attempt", "label", "model", "prompt_token_ids", "output_token_ids", "sampling", "max_tokens", "priority", "remaining_ns", "cache_salt", "adapter")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     LABEL_FIELD_NUMBER: _ClassVar[int]
@@ -422,6 +431,7 @@ class SubmitRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     REMAINING_NS_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
     request: int
     attempt: int
     label: str
@@ -433,7 +443,8 @@ class SubmitRequest(_message.Message):
     priority: int
     remaining_ns: int
     cache_salt: str
-    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., label: _Optional[str] = ..., model: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_plan_pb2.SamplingSpec, _Mapping]] = ..., max_tokens: _Optional[int] = ..., priority: _Optional[int] = ..., remaining_ns: _Optional[int] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    adapter: str
+    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., label: _Optional[str] = ..., model: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_plan_pb2.SamplingSpec, _Mapping]] = ..., max_tokens: _Optional[int] = ..., priority: _Optional[int] = ..., remaining_ns: _Optional[int] = ..., cache_salt: _Optional[str] = ..., adapter: _Optional[str] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("request", "attempt")
@@ -492,20 +503,29 @@ class RequestFinished(_message.Message):
     def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., reason: _Optional[_Union[EndReason, str]] = ..., error: _Optional[_Union[_plan_pb2.Error, _Mapping]] = ..., completion_tokens: _Optional[int] = ..., cached_prompt_tokens: _Optional[int] = ..., queue_ns: _Optional[int] = ..., retry_after_ns: _Optional[int] = ...) -> None: ...
 
 class MeshState(_message.Message):
-    __slots__ = ("serving", "model", "identity", "max_model_len", "num_pipelines", "detail")
+    __slots__ = ("serving", "model", "identity", "max_model_len", "num_pipelines", "detail", "adapters")
+    class AdaptersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     SERVING_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     NUM_PIPELINES_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     serving: bool
     model: str
     identity: str
     max_model_len: int
     num_pipelines: int
     detail: str
-    def __init__(self, serving: bool = ..., model: _Optional[str] = ..., identity: _Optional[str] = ..., max_model_len: _Optional[int] = ..., num_pipelines: _Optional[int] = ..., detail: _Optional[str] = ...) -> None: ...
+    adapters: _containers.ScalarMap[str, str]
+    def __init__(self, serving: bool = ..., model: _Optional[str] = ..., identity: _Optional[str] = ..., max_model_len: _Optional[int] = ..., num_pipelines: _Optional[int] = ..., detail: _Optional[str] = ..., adapters: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class GetStatusRequest(_message.Message):
     __slots__ = ()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 
 from scheduler.messages import Registration
 from stagemesh.errors import ModelMismatch
@@ -38,6 +39,11 @@ class MeshModel:
         return None if self._first is None else self._first.model
 
     @property
+    def adapters(self) -> Mapping[str, str]:
+        """Identities of the adapters that all workers hold, by name."""
+        return {} if self._first is None else self._first.adapters
+
+    @property
     def identity(self) -> str:
         """Hash over the structure and all parts that are known; fixed by `pin`."""
         if self._identity is not None:
@@ -52,6 +58,7 @@ class MeshModel:
             _check_same_structure(self._first, worker)
             self._check_same_parts(worker)
             _check_same_numerics(self._first, worker)
+            _check_same_adapters(self._first, worker)
         self._first = self._first or worker
         self._part_hashes |= worker.model.part_hashes
 
@@ -104,3 +111,18 @@ def _check_same_numerics(first: Registration, worker: Registration) -> None:
             raise ModelMismatch(
                 f"worker {worker.worker_id} computes with {option} {theirs}, the mesh with {ours}"
             )
+
+
+def _check_same_adapters(first: Registration, worker: Registration) -> None:
+    """Requests choose an adapter of the mesh, whichever workers they come to."""
+    for name in sorted(first.adapters.keys() | worker.adapters.keys()):
+        ours, theirs = first.adapters.get(name), worker.adapters.get(name)
+        if ours == theirs:
+            continue
+        if theirs is None:
+            what = f"lacks the adapter {name}, which the mesh has"
+        elif ours is None:
+            what = f"has the adapter {name}, which the mesh has not"
+        else:
+            what = f"has other numbers in the adapter {name} than the mesh"
+        raise ModelMismatch(f"worker {worker.worker_id} {what}: --adapter must be the same")

@@ -59,6 +59,7 @@ def registration_from_proto(
         wire_dtype=wire.dtype_from_proto(message.wire_dtype),
         kv_dtype=wire.dtype_from_proto(message.kv_dtype or message.dtype),
         tensor_parallel=message.tensor_parallel or 1,
+        adapters=dict(message.adapters),
     )
 
 
@@ -129,4 +130,5 @@ def request_from_proto(message: mesh_pb2.SubmitRequest, gateway: int, now_ns: in
         priority=message.priority,
         deadline_ns=None if remaining_ns is None else now_ns + remaining_ns,
         cache_salt=message.cache_salt,
+        adapter=message.adapter,
     )

@@ -140,6 +140,7 @@ class Epochs:
             model_identity=self._model.identity,
             dynamic_rope_length=self._model.summary.dynamic_rope_length,
             num_log_blocks=pipeline.epoch_room.num_log_blocks,
+            adapters=frozenset(self._model.adapters.values()),
         )
 
     def _current(self, pipeline_id: str, epoch: Epoch) -> MeshPipeline | None:

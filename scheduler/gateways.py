@@ -224,6 +224,7 @@ def view_to_proto(view: MeshView) -> mesh_pb2.MeshState:
         max_model_len=view.max_model_len,
         num_pipelines=view.num_pipelines,
         detail=view.detail,
+        adapters=dict(view.adapters),
     )
 
 

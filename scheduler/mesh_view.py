@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from scheduler.membership import Membership
 from scheduler.pipelines import MeshPipeline, Phase
@@ -20,6 +20,7 @@ class MeshView:
     max_model_len: int
     num_pipelines: int
     detail: str
+    adapters: Mapping[str, str] = field(default_factory=dict)
 
 
 def view_of(membership: Membership) -> MeshView:
@@ -36,6 +37,7 @@ def view_of(membership: Membership) -> MeshView:
         max_model_len=max((_capacity(membership, each) for each in known), default=0),
         num_pipelines=len(serving),
         detail=_detail(membership.workers, pipelines),
+        adapters=membership.model.adapters,
     )
 
 

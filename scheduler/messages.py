@@ -5,7 +5,8 @@ Frozen values; the adapters turn them into protobuf messages, calls of the core 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from scheduler.core import PipelineFacts
 from stagemesh.errors import StageMeshError
@@ -55,6 +56,8 @@ class Registration:
     kv_dtype: str = ""
     # Ranks inside the worker.
     tensor_parallel: int = 1
+    # Identities of the adapters that it holds, by name.
+    adapters: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

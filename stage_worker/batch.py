@@ -16,6 +16,7 @@ from torch import Tensor
 from stage_worker.attention import Attention, Query
 from stage_worker.decoder import Batch, Turn
 from stage_worker.kv_cache import KvCache
+from stage_worker.lora import StageAdapters
 from stage_worker.rope import angles, both_halves
 from stage_worker.sequences import Sequence
 from stagemesh.plan import Row
@@ -38,7 +39,7 @@ class PlacedRow:
 
 class BatchBuilder:
     """`windows` are those of the stage's layers, `used` says which of the model's `ropes` they
-    have; `dtype` is what it computes in."""
+    have; `dtype` is what it computes in. Rows choose from `adapters`."""
 
     def __init__(
         self,
@@ -48,12 +49,14 @@ class BatchBuilder:
         attention: Attention[Any],
         cache: KvCache,
         dtype: torch.dtype,
+        adapters: StageAdapters,
     ) -> None:
         self._windows = list(dict.fromkeys(windows))
         self._ropes = {i: ropes[i] for i in dict.fromkeys(used) if i is not None}
         self._attention = attention
         self._cache = cache
         self._dtype = dtype
+        self._adapters = adapters
 
     def build(self, placed: Rows[PlacedRow], stage: int) -> Batch:
         """The pass of `placed`, at least one row, on the stage of this number."""
@@ -65,9 +68,10 @@ class BatchBuilder:
         token_ids = None
         if stage == 0:
             token_ids = torch.tensor([token for entry in placed for token in entry.row.token_ids])
-        return Batch(
-            slots, written_slots, written, self._turns(placed, slots.device), reading, token_ids
-        )
+        turns = self._turns(placed, slots.device)
+        chosen = [(entry.sequence.state.adapter, entry.row.num_tokens) for entry in placed]
+        adapters = self._adapters.for_step(chosen)
+        return Batch(slots, written_slots, written, turns, reading, token_ids, adapters)
 
     def _turns(self, placed: Rows[PlacedRow], device: torch.device) -> dict[int, Turn]:
         positions = torch.cat([_positions(entry, device) for entry in placed])

@@ -90,7 +90,7 @@ class Checkpoint:
 
     def _reader(self, path: Path) -> Any:
         if path.name not in self._open:
-            self._open[path.name] = _open_file(path)
+            self._open[path.name] = open_safetensors(path)
         return self._open[path.name]
 
 
@@ -105,7 +105,7 @@ def _read_index(model_dir: Path) -> dict[str, str] | None:
         raise CheckpointError(f"{path} cannot be read: {error!r}") from error
 
 
-def _open_file(path: Path) -> Any:
+def open_safetensors(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     try:

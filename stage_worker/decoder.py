@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +21,11 @@ from torch import Tensor
 from stage_worker.attention import Attention
 from stage_worker.capped_attention import cap_in_place
 from stage_worker.collectives import ALONE, Group
+from stage_worker.experts import SparseMlp
 from stage_worker.kernels import Kernels
 from stage_worker.kv_cache import KvCache
+from stage_worker.linear import Linear
+from stage_worker.lora import StepAdapters
 from stage_worker.rope import rotate
 from stage_worker.sharding import Shards
 from stage_worker.vocabulary import Vocabulary
@@ -39,7 +43,7 @@ class Batch:
     `slots` [T] is where their keys and values lie; those of `written` [W] (None: of all) are
     written there, at `written_slots` [W], and the pages hold the others' already. `turns` are by
     number of the rope; `reading` has what the attention kernel planned per sliding window (None:
-    whole context). `token_ids` [T] are there on the first stage.
+    whole context). `token_ids` [T] are there on the first stage, `adapters` where a row has one.
     """
 
     slots: Tensor
@@ -48,6 +52,7 @@ class Batch:
     turns: Mapping[int, Turn]
     reading: Mapping[int | None, Any]
     token_ids: Tensor | None = None
+    adapters: StepAdapters | None = None
 
 
 class Decoder:
@@ -101,7 +106,7 @@ class Decoder:
         for i, layer in enumerate(self._weights.layers):
             attended = self._attention(self._norm(hidden, layer.input_norm), i, layer, batch)
             hidden += self._addend(self._group.all_reduce(attended), layer.attended_norm)
-            output = layer.mlp(self._norm(hidden, layer.mlp_norm), self._kernels.gate)
+            output = self._mlp(self._norm(hidden, layer.mlp_norm), i, layer, batch)
             hidden += self._addend(self._group.all_reduce(output), layer.mlp_output_norm)
         return hidden
 
@@ -126,7 +131,7 @@ class Decoder:
 
     def _attention(self, hidden: Tensor, i: int, layer: LayerWeights, batch: Batch) -> Tensor:
         spec = self._spec
-        heads = layer.qkv(hidden).view(len(hidden), -1, spec.head_dim)
+        heads = _adapted(layer.qkv, i, "qkv", hidden, batch).view(len(hidden), -1, spec.head_dim)
         turned, values = heads.tensor_split([spec.num_heads + spec.num_kv_heads], dim=1)
         if layer.query_norm is not None and layer.key_norm is not None:
             queries, keys = turned.tensor_split([spec.num_heads], dim=1)
@@ -140,7 +145,13 @@ class Decoder:
         queries, keys = turned.tensor_split([spec.num_heads], dim=1)
         self._write(i, batch, keys, values)
         plan = batch.reading[self._windows[i]]
-        return layer.output(self._kernels.attention.attend(queries, plan, self._cache, i))
+        attended = self._kernels.attention.attend(queries, plan, self._cache, i)
+        return _adapted(layer.output, i, "output", attended, batch)
+
+    def _mlp(self, x: Tensor, i: int, layer: LayerWeights, batch: Batch) -> Tensor:
+        if batch.adapters is None or isinstance(layer.mlp, SparseMlp):
+            return layer.mlp(x, self._kernels.gate)
+        return layer.mlp(x, self._kernels.gate, partial(batch.adapters.add, i))
 
     def _addend(self, output: Tensor, norm: Tensor | None) -> Tensor:
         """What attention or the feed-forward part adds to the hidden states: [T, E]."""
@@ -165,3 +176,11 @@ class Decoder:
         if self._spec.norms.wide:
             return (weight * (wide * scale)).to(x.dtype)
         return weight * (wide * scale).to(x.dtype)
+
+
+def _adapted(linear: Linear, layer: int, slot: str, x: Tensor, batch: Batch) -> Tensor:
+    """[T, I] -> [T, O], with what the tokens' adapters add."""
+    y = linear(x)
+    if batch.adapters is not None:
+        batch.adapters.add(layer, slot, x, y)
+    return y

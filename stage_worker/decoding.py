@@ -18,6 +18,7 @@ from stage_worker.collectives import ALONE, Group
 from stage_worker.decoder import Decoder
 from stage_worker.kernels import Kernels
 from stage_worker.kv_cache import KvCache, PlainKvCache
+from stage_worker.lora import StageAdapters
 from stage_worker.rope import inverse_frequencies
 from stage_worker.sharding import Shards
 from stage_worker.weights import StageWeights
@@ -75,6 +76,7 @@ def make_decoding(
     cache: KvCache,
     kernels: Kernels,
     dtype: torch.dtype,
+    adapters: StageAdapters,
     shards: Shards | None = None,
     group: Group = ALONE,
 ) -> Decoding:
@@ -85,7 +87,8 @@ def make_decoding(
         assert isinstance(cache, PlainKvCache)
         assert group.size == 1, "options refuse it"
         return cuda_decoding(spec, windows, weights, cache, dtype)
-    batches = BatchBuilder(windows, spec.ropes, ropes, kernels.attention, cache, dtype)
+    attention = kernels.attention
+    batches = BatchBuilder(windows, spec.ropes, ropes, attention, cache, dtype, adapters)
     decoder = Decoder(spec, windows, ropes, weights, cache, kernels, dtype, shards, group)
     return Decoding(batches, decoder)
 

@@ -89,6 +89,7 @@ class StageExecutor:
         self._follows = loaded.group.rank > 0
         self.wire_dtype = loaded.wire_dtype  # of hidden states that come and go
         self._threads = loaded.threads
+        self._adapters = loaded.adapters
         self._routed = loaded.routed
         self._sampler = RowSampler(self._decoder.logits, self._decoder.greedy)
         # By whether its blocks are those from the end. Replaced, never changed: `num_sequences` is
@@ -233,6 +234,7 @@ class StageExecutor:
         _check_stages(row, tenancy.num_stages)
         frequencies = None
         if row.state is not None:
+            self._adapters.check(row.state.adapter)
             frequencies = all_frequencies(self.spec, row.state.total_length)
         return tenancy.sequences.update(row, frequencies)
 

@@ -19,6 +19,8 @@ from torch import Tensor
 from stage_worker.linear import Linear
 
 Activation = Callable[[Tensor], Tensor]
+Add = Callable[[str, Tensor, Tensor], None]
+"""Of a matrix's name here, what went in and what came out: adds to the latter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +30,17 @@ class DenseMlp:
     gate_up: Linear
     down: Linear
 
-    def __call__(self, x: Tensor, activation: Activation) -> Tensor:
-        """[T, E] -> [T, E]"""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(activation(gate).mul_(up))
+    def __call__(self, x: Tensor, activation: Activation, add: Add | None = None) -> Tensor:
+        """[T, E] -> [T, E]; `add` adds to what either matrix gives."""
+        both = self.gate_up(x)
+        if add is not None:
+            add("gate_up", x, both)
+        gate, up = both.chunk(2, dim=-1)
+        inner = activation(gate).mul_(up)
+        output = self.down(inner)
+        if add is not None:
+            add("down", inner, output)
+        return output
 
 
 @dataclass(frozen=True, slots=True)

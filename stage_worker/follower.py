@@ -123,4 +123,5 @@ def _config(load: ranks_pb2.LoadShard) -> ExecutorConfig:
         kv_dtype=load.kv_dtype,
         quantization=parse_quantization(load.quantization),
         lone_threads=load.lone_threads,
+        adapters={identity: Path(path) for identity, path in load.adapters.items()},
     )

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from stage_worker.adapter_loading import AdapterLoader
 from stage_worker.block_ranges import PipelineBlocks
 from stage_worker.boundary_log import BoundaryLog, choose_num_log_blocks, log_block_bytes
 from stage_worker.checkpoint import TORCH_DTYPES
@@ -28,6 +29,7 @@ from stage_worker.kv_cache import (
 )
 from stage_worker.kv_dtype import resolve_kv_dtype
 from stage_worker.linear_schemes import Numerics
+from stage_worker.lora import StageAdapters
 from stage_worker.memory import available_bytes, trim
 from stage_worker.packed_kv_cache import PackedKvCache
 from stage_worker.payload import resolve_wire_dtype
@@ -45,7 +47,7 @@ class ExecutorConfig:
     """`dtype` may be "auto", `wire_dtype` and `kv_dtype` too: what is computed with. KV:
     `num_blocks` where given, else what fits the memory. The log has as many blocks where
     `max_log_memory_bytes` is None and the host has room; 0 is for no log. `lone_threads`: of steps
-    that are alone in their pipeline; 0: as of all steps.
+    that are alone in their pipeline; 0: as of all steps. `adapters`: directories by identity.
     """
 
     model_dir: Path
@@ -61,6 +63,7 @@ class ExecutorConfig:
     quantization: Quantization = AS_STORED
     lone_threads: int = 0
     kv_dtype: str = "auto"
+    adapters: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,7 @@ class LoadedWeights:
     shards: Shards
     group: Group
     weights: StageWeights
+    adapters: StageAdapters
     num_bytes: int
     kernels: Kernels
     dtype: torch.dtype
@@ -119,6 +123,7 @@ class LoadedStage:
     threads: ThreadCounts
     routed: Mapping[int, Tensor]
     group: Group
+    adapters: StageAdapters
 
 
 def resolve_dtype(dtype: str, spec: ModelSpec, device: torch.device) -> str:
@@ -163,17 +168,31 @@ def load_weights(
     kv_dtype = resolve_kv_dtype(config.kv_dtype, dtype_name, config.device)
     progress = _Progress(on_progress)
     loader = WeightLoader(config.model_dir, spec, numerics, progress.advance, shards)
-    progress.total_bytes = loader.span_bytes(config.span)
+    adapter_loader = AdapterLoader(config.adapters, spec, dtype, device, shards)
+    progress.total_bytes = loader.span_bytes(config.span) + adapter_loader.span_bytes(config.span)
     _check_fits(progress.total_bytes * group.size, device)
     try:
         weights = loader.load(config.span)
+        adapters = adapter_loader.load(
+            config.span, progress.advance, one_by_one=config.batch_invariant
+        )
         progress.end()
         trim()
     except (RuntimeError, MemoryError) as error:
         raise _as_out_of_memory(error) from error
     num_bytes = progress.loaded_bytes
     return LoadedWeights(
-        config, shards, group, weights, num_bytes, kernels, dtype, kv_dtype, device, started_ns
+        config,
+        shards,
+        group,
+        weights,
+        adapters,
+        num_bytes,
+        kernels,
+        dtype,
+        kv_dtype,
+        device,
+        started_ns,
     )
 
 
@@ -189,7 +208,9 @@ def make_stage(loaded: LoadedWeights, num_blocks: int | None = None) -> LoadedSt
         cache = _make_cache(loaded, config)
         log = _make_log(spec, config, cache.num_blocks, dtype)
         local, weights, kernels = shards.local_spec, loaded.weights, loaded.kernels
-        decoding = make_decoding(local, config.span, weights, cache, kernels, dtype, shards, group)
+        decoding = make_decoding(
+            local, config.span, weights, cache, kernels, dtype, loaded.adapters, shards, group
+        )
     except (RuntimeError, MemoryError) as error:
         raise _as_out_of_memory(error) from error
     facts = ExecutorFacts(
@@ -204,7 +225,17 @@ def make_stage(loaded: LoadedWeights, num_blocks: int | None = None) -> LoadedSt
     threads = ThreadCounts(config.lone_threads)
     routed = routed_tokens(weights, config.span)
     return LoadedStage(
-        spec, config.span, decoding, cache, log, facts, wire_dtype, threads, routed, group
+        spec,
+        config.span,
+        decoding,
+        cache,
+        log,
+        facts,
+        wire_dtype,
+        threads,
+        routed,
+        group,
+        loaded.adapters,
     )
 
 

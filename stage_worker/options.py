@@ -7,6 +7,7 @@ from pathlib import Path
 
 from stage_worker.kv_dtype import KV_DTYPES, resolve_kv_dtype
 from stage_worker.rank_options import TRANSPORTS, shares_memory
+from stagemesh.adapters import parse_adapters
 from stagemesh.addresses import split_address
 from stagemesh.errors import ConfigError
 from stagemesh.option_values import Kind
@@ -51,6 +52,13 @@ class WorkerOptions:
         "auto",
         help="how weights are held: auto (as the files have them), none, int8, int4-g32, int4-g64, "
         "int4-g128; parts that differ follow: int4-g64,head=none,0:2=int8",
+    )
+    adapters: tuple[str, ...] = option(
+        (),
+        flag="adapter",
+        help="LoRA adapters in PEFT's layout as NAME=DIR, more than one with commas or by "
+        "repeating this; requests choose one as their model. All workers of a mesh must hold the "
+        "same",
     )
     batch_invariant: bool = option(
         False, help="a sequence's numbers do not depend on its batch (float32 on cpu)"
@@ -112,6 +120,8 @@ class WorkerOptions:
     def __post_init__(self) -> None:
         check_options(self)
         parse_quantization(self.quantization)
+        if self.adapter_dirs() and self.device != "cpu":
+            raise ConfigError(f"--adapter needs --device cpu, not {self.device}")
         for name in ("scheduler", "listen"):
             try:
                 split_address(getattr(self, name))
@@ -142,6 +152,10 @@ class WorkerOptions:
         if self.dtype != "auto":
             return self.dtype
         return "float32" if self.device == "cpu" or self.batch_invariant else stored_dtype
+
+    def adapter_dirs(self) -> dict[str, Path]:
+        """By name. Raises ConfigError."""
+        return parse_adapters(self.adapters, self.model.resolve().name)
 
     def resolved_kv_dtype(self, dtype: str) -> str:
         """`dtype` is what is computed with. Raises ConfigError where the device cannot have it."""

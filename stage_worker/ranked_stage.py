@@ -230,4 +230,5 @@ def _load_message(config: ExecutorConfig) -> ranks_pb2.LoadShard:
         kv_dtype=config.kv_dtype,
         quantization=str(config.quantization),
         lone_threads=config.lone_threads,
+        adapters={identity: str(path) for identity, path in config.adapters.items()},
     )

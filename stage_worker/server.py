@@ -105,6 +105,7 @@ async def serve(
             address = await own_address.now()
             summary = await holder.summarise()
             identity = _identity(options, address, summary, dtype)
+            identity.adapters.update(holder.adapters)
             if on_ready is not None:
                 on_ready({"address": address, "id": identity.worker_id})
             guards = [group.create_task(worker.guard_device(end_all_hard))]

@@ -149,6 +149,11 @@ class Shards:
         return _share(total, self.rank, self.size)
 
 
+def num_outputs(parts: list[Part], whole: int) -> int:
+    """Of these parts of a matrix that has `whole` outputs."""
+    return sum(len(range(whole)[part.rows]) for part in parts)
+
+
 def check_divides(spec: ModelSpec, size: int) -> None:
     """Raises ConfigError where the model's counts do not divide among `size` ranks."""
     sizes = {"query heads": spec.num_heads}

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stage_worker.device_thread import DeviceThread
@@ -19,6 +20,7 @@ from stage_worker.options import WorkerOptions
 from stage_worker.rank_processes import RankProcesses
 from stage_worker.step_cost import StepCost
 from stagemesh.errors import CheckpointError, RequestCancelled
+from stagemesh.model_spec import ModelSpec
 from stagemesh.plan import ModelSummary, Span
 from stagemesh.quantization import parse_quantization
 
@@ -61,6 +63,8 @@ class SpanHolder:
         self._dtype = dtype
         self._device = device
         self.held: HeldSpan | None = None
+        # Identities by name, once `summarise` has told them.
+        self.adapters: dict[str, str] = {}
         self._stamps: FileStamps = ()
         self._device_bytes = 0  # as last measured, by the device thread
 
@@ -90,23 +94,27 @@ class SpanHolder:
         return self.held
 
     def _summarise(self) -> ModelSummary:
-        from stage_worker.identity import file_stamps, summarise
+        from stage_worker.adapter_files import checked_identity
+        from stage_worker.identity import summarise
 
-        self._stamps = file_stamps(self._options.model)  # first: a change meanwhile counts too
+        self._stamps = self._file_stamps()  # first: a change meanwhile counts too
         self._measure()
+        spec = ModelSpec.from_directory(self._options.model)
+        dirs = self._options.adapter_dirs()
+        self.adapters = {name: checked_identity(path, spec) for name, path in dirs.items()}
         return summarise(self._options.model, _numerics(self._options, self._dtype))
 
     def _load(self, span: Span, on_progress: OnProgress) -> HeldSpan:
-        from stage_worker.identity import file_stamps
-
         gc.collect()  # what was held before may hang in cycles, and its memory is wanted
-        config = _config(self._options, self._dtype, span)
+        dirs = self._options.adapter_dirs()
+        adapters = {identity: dirs[name] for name, identity in self.adapters.items()}
+        config = _config(self._options, self._dtype, span, adapters)
         executor = self._executor(config, on_progress)
         held = HeldSpan(span, executor.facts, executor, StepCost(executor.spec, span))
-        if file_stamps(self._options.model) != self._stamps:
+        if self._file_stamps() != self._stamps:
             raise CheckpointError(
-                f"files of {self._options.model} have changed since this worker told the mesh "
-                "what they hold; start it again"
+                f"files of {self._options.model} or of an adapter have changed since this worker "
+                "told the mesh what they hold; start it again"
             )
         self._measure()
         return held
@@ -123,6 +131,14 @@ class SpanHolder:
         if self._group is None:
             self._group = self._ranks.own.open_group()
         return RankedStage.load(config, on_progress, self._ranks, self._group)
+
+    def _file_stamps(self) -> FileStamps:
+        """Of the model's files, then of each adapter's."""
+        from stage_worker.adapter_files import adapter_stamps
+        from stage_worker.identity import file_stamps
+
+        dirs = self._options.adapter_dirs().values()
+        return file_stamps(self._options.model) + tuple(map(adapter_stamps, dirs))
 
     def _measure(self) -> None:
         if self._options.device != "cpu":
@@ -148,7 +164,9 @@ def _numerics(options: WorkerOptions, dtype: str) -> Numerics:
     )
 
 
-def _config(options: WorkerOptions, dtype: str, span: Span) -> ExecutorConfig:
+def _config(
+    options: WorkerOptions, dtype: str, span: Span, adapters: Mapping[str, Path]
+) -> ExecutorConfig:
     from stage_worker.loading import ExecutorConfig
 
     return ExecutorConfig(
@@ -165,6 +183,7 @@ def _config(options: WorkerOptions, dtype: str, span: Span) -> ExecutorConfig:
         wire_dtype=options.wire_dtype,
         lone_threads=options.lone_threads,
         kv_dtype=options.kv_dtype,
+        adapters=adapters,
     )
 
 

@@ -171,6 +171,8 @@ def parse_groups(
     for name, each in declared.items():
         if name in flags:
             raw, origins[name] = flags[name], each.flag
+            if each.kind is Kind.LIST:  # given several times, it goes on
+                raw = ",".join(raw)
         elif environ.get(each.variable):
             raw, origins[name] = environ[each.variable], each.variable
         elif name in settings:
@@ -247,6 +249,8 @@ def _parser(
         elif each.kind is Kind.BOOL:
             extra |= {"dest": each.name, "action": argparse.BooleanOptionalAction}
         else:
+            if each.kind is Kind.LIST:
+                extra["action"] = "append"
             choices = "{" + ",".join(each.choices) + "}" if each.choices else None
             extra |= {"dest": each.name, "metavar": choices or each.kind.value}
         parser.add_argument(each.flag, **extra)

@@ -49,12 +49,16 @@ class BlockUpdate:
 
 @dataclass(frozen=True, slots=True)
 class SequenceState:
-    """All that the stages know of a sequence beside its KV; in the first row of a run and epoch."""
+    """All that the stages know of a sequence beside its KV; in the first row of a run and epoch.
+
+    `adapter` is the identity of one that all stages hold, or empty.
+    """
 
     prompt_token_ids: tuple[int, ...]
     output_token_ids: tuple[int, ...]
     sampling: SamplingSpec
     total_length: int
+    adapter: str = ""
 
 
 @value

@@ -112,6 +112,7 @@ def sequence_state_to_proto(state: SequenceState) -> plan_pb2.SequenceState:
         output_token_ids=state.output_token_ids,
         sampling=sampling_to_proto(state.sampling),
         total_length=state.total_length,
+        adapter=state.adapter,
     )
 
 
@@ -122,6 +123,7 @@ def sequence_state_from_proto(message: plan_pb2.SequenceState) -> SequenceState:
         output_token_ids=tuple(message.output_token_ids),
         sampling=sampling_from_proto(message.sampling),
         total_length=message.total_length,
+        adapter=message.adapter,
     )
 
 

@@ -55,23 +55,30 @@ def _add_generation_routes(app: FastAPI, context: HttpContext) -> None:
 def _add_model_routes(app: FastAPI, context: HttpContext) -> None:
     started = int(time.time())
 
-    def describe() -> dict[str, Any]:
+    names = context.service.names
+
+    def describe(name: str) -> dict[str, Any]:
+        parent = {"parent": names.model} if name != names.model else {}
         return {
-            "id": context.service.model.name,
+            "id": name,
             "object": "model",
             "created": started,
             "owned_by": "stagemesh",
             "max_model_len": context.service.max_model_len,
+            **parent,
         }
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [describe()]}
+        return {
+            "object": "list",
+            "data": [describe(name) for name in (names.model, *names.adapters)],
+        }
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        context.service.model.check_name(name)
-        return describe()
+        names.adapter(name)
+        return describe(name)
 
 
 def _add_operator_routes(app: FastAPI, context: HttpContext) -> None:

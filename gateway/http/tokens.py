@@ -17,7 +17,7 @@ from stagemesh.errors import InvalidRequest
 async def tokenize(context: HttpContext, request: Request) -> dict[str, Any]:
     body = await read_body(request, TokenizeBody, context)
     service = context.service
-    service.model.check_name(body.model or "")
+    service.names.adapter(body.model or "")
     token_ids, _ = await service.preparer.prompt_token_ids(_prompt(body))
     text_of = service.model.tokenizer.token_text.text_of
     strings = [text_of(token_id) for token_id in token_ids] if body.return_token_strs else None
@@ -44,5 +44,5 @@ def _prompt(body: TokenizeBody) -> Prompt:
 
 async def detokenize(context: HttpContext, request: Request) -> dict[str, Any]:
     body = await read_body(request, DetokenizeBody, context)
-    context.service.model.check_name(body.model or "")
+    context.service.names.adapter(body.model or "")
     return {"prompt": await context.service.preparer.decode(body.tokens, skip_special=False)}

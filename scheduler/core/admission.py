@@ -122,6 +122,8 @@ class AdmissionRound:
         """A pipeline that holds the whole request, or the largest that there is."""
         needed = min(sequence.request.total_length, self._max_capacity)
         capacity = opening.pipeline.facts.capacity_tokens
+        if not opening.pipeline.facts.has_adapter(sequence.request.adapter):
+            return False
         return capacity >= needed and capacity > sequence.num_tokens
 
     def _offer(self, opening: _Opening, sequence: Sequence) -> _Offer:

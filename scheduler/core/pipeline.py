@@ -24,7 +24,8 @@ class PipelineFacts:
 
     `num_blocks` is the smallest stage's. `max_model_len` is in tokens. KV of requests longer than
     `dynamic_rope_length` depends on their total length; 0 for never. Stage i logs what it sends for
-    blocks [0, num_log_blocks[i]); empty: no stage keeps a log.
+    blocks [0, num_log_blocks[i]); empty: no stage keeps a log. All stages hold `adapters`, by
+    their identities.
 
     Raises ConfigError.
     """
@@ -38,6 +39,7 @@ class PipelineFacts:
     model_identity: str
     dynamic_rope_length: int = 0
     num_log_blocks: tuple[int, ...] = ()
+    adapters: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         for name in ("num_stages", "num_blocks", "block_size_tokens", "max_model_len"):
@@ -50,6 +52,10 @@ class PipelineFacts:
     def capacity_tokens(self) -> int:
         """The longest sequence, prompt and output together."""
         return min(self.max_model_len, self.num_blocks * self.block_size_tokens)
+
+    def has_adapter(self, adapter: str) -> bool:
+        """Whether requests of it can run here; empty: of none."""
+        return not adapter or adapter in self.adapters
 
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size_tokens)

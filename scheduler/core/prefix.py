@@ -1,7 +1,8 @@
 """Names for full blocks of tokens: equal names mean equal KV.
 
-A name chains over everything that the KV of a block depends on: the model, the tenant's salt, the
-total length where the rope's scale follows it, and all tokens up to the block's end. BLAKE2b with
+A name chains over everything that the KV of a block depends on: the model, the adapter, the
+tenant's salt, the total length where the rope's scale follows it, and all tokens up to the block's
+end. BLAKE2b with
 128 bits, so that two tenants cannot be made to collide.
 """
 
@@ -15,10 +16,10 @@ from hashlib import blake2b
 _DIGEST_BYTES = 16
 
 
-def root_hash(model_identity: str, cache_salt: str, total_length: int) -> bytes:
+def root_hash(model_identity: str, adapter: str, cache_salt: str, total_length: int) -> bytes:
     """The parent of a first block. `total_length` is 0 where KV does not depend on it."""
     digest = blake2b(digest_size=_DIGEST_BYTES, person=b"prefix root")
-    for part in (model_identity, cache_salt):
+    for part in (model_identity, adapter, cache_salt):
         encoded = part.encode()
         digest.update(len(encoded).to_bytes(8, "little"))
         digest.update(encoded)

@@ -11,6 +11,7 @@ from collections.abc import Collection
 
 from scheduler.core.events import EndReason, Finished, Tokens
 from scheduler.core.forecast import check_deadline
+from scheduler.core.hopeless import too_long, why_hopeless
 from scheduler.core.in_flight import StepInFlight
 from scheduler.core.integrity import check_core
 from scheduler.core.limits import SchedulerLimits
@@ -62,7 +63,7 @@ class SchedulerCore:
             self._end(older, EndReason.ABORTED)
         sequence = self._roster.accept(request, now_ns)
         self._end_if_done(sequence)
-        self._end_if_too_long(sequence)
+        self._end_if_hopeless(sequence)
 
     def abort(self, key: RequestKey, now_ns: int, attempt: int | None = None) -> None:
         """Ends a request, if it lives and `attempt` is not older; its blocks are free at once."""
@@ -206,7 +207,7 @@ class SchedulerCore:
             return
         num_tokens = len(request.prompt_token_ids)
         if 0 < self._max_capacity <= num_tokens:
-            raise ContextLengthExceeded(self._too_long(num_tokens), param="prompt")
+            raise ContextLengthExceeded(too_long(num_tokens, self._max_capacity), param="prompt")
         num_waiting = len(self._roster.queue)
         if num_waiting >= self._limits.max_waiting_requests:
             raise QueueFull(
@@ -221,16 +222,13 @@ class SchedulerCore:
             return MeshUnavailable("no pipeline served before the deadline", retry_after_s=1.0)
         return RequestDeadlineExceeded("the deadline has passed")
 
-    def _too_long(self, num_tokens: int) -> str:
-        return f"{num_tokens} tokens leave no room for output in {self._max_capacity}, the longest"
-
     def _pipelines_changed(self) -> None:
-        """What waits may have become too long, or be no longer so."""
+        """What waits may have become hopeless, or be no longer so."""
         pipelines = self._pipelines.values()
         self._max_capacity = max((p.facts.capacity_tokens for p in pipelines), default=0)
         for sequence in self._roster.queue:
             self._end_if_done(sequence)
-            self._end_if_too_long(sequence)
+            self._end_if_hopeless(sequence)
 
     def _take_rows(
         self, pipeline: Pipeline, done: StepInFlight, answers: Collection[RowResult]
@@ -277,14 +275,13 @@ class SchedulerCore:
         elif num_tokens >= sequence.request.total_length or num_tokens == max_length:
             self._end(sequence, EndReason.LENGTH)
 
-    def _end_if_too_long(self, sequence: Sequence) -> None:
-        """Ends what would wait for ever, since no pipeline holds one token more of it."""
-        num_tokens = sequence.num_tokens
-        if sequence.has_ended or not 0 < self._max_capacity <= num_tokens:
-            return
-        has_run = sequence.admitted_ns is not None or sequence.num_output_tokens > 0
-        error = MeshUnavailable if has_run else ContextLengthExceeded
-        self._end(sequence, EndReason.ERROR, error(self._too_long(num_tokens)))
+    def _end_if_hopeless(self, sequence: Sequence) -> None:
+        """Ends what would wait for ever."""
+        pipelines = self._pipelines.values()
+        if not sequence.has_ended and (
+            error := why_hopeless(sequence, pipelines, self._max_capacity)
+        ):
+            self._end(sequence, EndReason.ERROR, error)
 
     def _fail(self, pipeline: Pipeline, sequence: Sequence, error: str) -> None:
         """A row could not be computed; what it may have spoilt is given to nobody else."""

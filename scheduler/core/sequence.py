@@ -141,6 +141,7 @@ class Sequence:
             output_token_ids=tuple(self.tokens[len(prompt) :]),
             sampling=self.request.sampling,
             total_length=self.request.total_length,
+            adapter=self.request.adapter,
         )
 
     def chain(self, facts: PipelineFacts) -> HashChain:
@@ -151,7 +152,10 @@ class Sequence:
         key = (facts.model_identity, facts.block_size_tokens, total_length)
         chain = self._chains.get(key)
         if chain is None:
-            root = root_hash(facts.model_identity, self.request.cache_salt, total_length)
+            request = self.request
+            root = root_hash(
+                facts.model_identity, request.adapter, request.cache_salt, total_length
+            )
             chain = self._chains[key] = HashChain(root, facts.block_size_tokens)
         return chain
 

@@ -54,7 +54,7 @@ def run(argv: Sequence[str]) -> int:
         talk.messages.append(pb.ChatMessage(role="system", content=options.system))
     console = Console(highlight=False)
     with asyncio.Runner() as runner:
-        runner.run(_check_model(sampling.target))
+        runner.run(_check_model(sampling))
         console.print("Ctrl-C stops an answer, Ctrl-D leaves.", style="dim")
         while (question := _ask(console)) is not None:
             if question:
@@ -109,10 +109,11 @@ async def _stream(target: str, request: pb.GenerateRequest, said: list[str]) -> 
             loop.remove_signal_handler(signal.SIGINT)
 
 
-async def _check_model(target: str) -> None:
-    """Raises ConfigError where the model knows no talks."""
-    async with connection(target, "gateway") as channel:
-        model = await text_generation(channel).GetModel(pb.GetModelRequest(), timeout=RPC_TIMEOUT_S)
+async def _check_model(sampling: SamplingOptions) -> None:
+    """Raises ModelNotFound, or ConfigError where the model knows no talks."""
+    asked = pb.GetModelRequest(model=sampling.model)
+    async with connection(sampling.target, "gateway") as channel:
+        model = await text_generation(channel).GetModel(asked, timeout=RPC_TIMEOUT_S)
     if not model.has_chat_template:
         raise ConfigError(
             f"{model.model} has no chat template: it continues text, see stagemesh generate"

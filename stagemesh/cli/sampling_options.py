@@ -17,6 +17,7 @@ class SamplingOptions:
     """None: what the model or the gateway has as its default."""
 
     target: str = option(GATEWAY, help="gRPC address of the gateway")
+    model: str = option("", help="name of an adapter, or of the model [the model]")
     max_tokens: int | None = option(
         None, help="tokens to generate at most", minimum=1, maximum=MAX_UINT32
     )
@@ -36,6 +37,7 @@ class SamplingOptions:
     def request(self) -> pb.GenerateRequest:
         """A request without its prompt."""
         return pb.GenerateRequest(
+            model=self.model,
             sampling=pb.SamplingParams(
                 temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed
             ),

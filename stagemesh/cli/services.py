@@ -67,6 +67,7 @@ def worker(options: UpOptions, scheduler_address: str, index: int, port: int) ->
         "--wire-dtype": options.wire_dtype,
         "--kv-dtype": options.kv_dtype,
         "--quantization": options.quantization,
+        "--adapter": ",".join(options.adapters) or None,
         "--max-kv-memory": options.max_kv_memory_bytes,
         "--num-blocks": options.num_blocks,
         "--block-size": options.block_size_tokens,

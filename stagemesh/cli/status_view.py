@@ -48,6 +48,8 @@ def _mesh(status: mesh_pb2.GetStatusResponse) -> Text:
     )
     if mesh.detail:
         line.append(f"  {mesh.detail}", style="yellow")
+    if mesh.adapters:
+        line.append(f"  adapters {', '.join(sorted(mesh.adapters))}")
     line.append(f"  context {mesh.max_model_len}" if mesh.max_model_len else "", style="dim")
     line.append(f"  gateways {status.num_gateways}", style="dim")
     line.append(f"  up {_duration(status.uptime_ns)}", style="dim")

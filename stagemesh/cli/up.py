@@ -9,6 +9,7 @@ import signal
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
+from stagemesh.adapters import parse_adapters
 from stagemesh.cli.client import GATEWAY, SCHEDULER
 from stagemesh.cli.local_mesh import LocalMesh
 from stagemesh.cli.mesh_facts import Endpoints
@@ -54,7 +55,9 @@ def run_mesh(options: UpOptions, while_serving: WhileServing) -> int:
 def check_model(options: UpOptions) -> None:
     """Raises at once what a worker would only find out after it has started."""
     require_worker_extra()
-    spec = ModelSpec.from_directory(options.model_dir())
+    model_dir = options.model_dir()
+    spec = ModelSpec.from_directory(model_dir)
+    parse_adapters(options.adapters, model_dir.name)
     if options.stages > spec.num_layers:
         raise ConfigError(
             f"--stages {options.stages}: the model has {spec.num_layers} layers, "

@@ -48,6 +48,12 @@ class UpOptions:
         (),
         help="ranks that share the layers of each worker, or one number per stage: 2 or 2,1,1 [1]",
     )
+    adapters: tuple[str, ...] = option(
+        (),
+        flag="adapter",
+        help="LoRA adapters as NAME=DIR, more than one with commas or by repeating this; requests "
+        "choose one as their model (docs/adapters.md)",
+    )
     threads_per_stage: int | None = option(
         None, help="threads of each worker [the cores, shared out]", minimum=1, maximum=1024
     )

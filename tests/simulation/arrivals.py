@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from random import Random
 
 from simulation.clock import MS
-from simulation.pretend_model import VOCAB_SIZE
+from simulation.pretend_model import ADAPTERS, VOCAB_SIZE
 
 from scheduler.core import Request, RequestKey
 from stagemesh.sampling import SamplingSpec
@@ -60,6 +60,7 @@ def _arrival(
         priority=random.choice((0, 0, 0, 0, -1, 3)),
         deadline_ns=None if deadline_after_ns is None else now_ns + deadline_after_ns,
         cache_salt=random.choice(("", "", "tenant")),
+        adapter=ADAPTERS[number % len(ADAPTERS)],
     )
     is_poisoned = random.random() < bad / 2
     return Arrival(

@@ -120,6 +120,7 @@ class FakeGateway(Process):
             request.sampling,
             request.total_length,
             self._world.scenario.dynamic_rope,
+            request.adapter,
         )
         held = self.held[number] = Held(request, right)
         if arrival.abort_after_ns is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from simulation.clock import MS
 from simulation.fake_stage import FakeStage, Payload
 from simulation.oracle import Violation
-from simulation.pretend_model import NUM_LAYERS, mix
+from simulation.pretend_model import ADAPTERS, NUM_LAYERS, mix
 from simulation.scenario import Break, PipelineShape, draw_break
 from simulation.stage_memory import MemoryPart, StageMemory
 
@@ -61,6 +61,7 @@ class FakePipeline:
             model_identity="pretend",
             dynamic_rope_length=self._world.scenario.dynamic_rope,
             num_log_blocks=(*(memory.num_log_blocks for memory in memories[:-1]), 0),
+            adapters=frozenset(ADAPTERS[1:]),
         )
 
     @property

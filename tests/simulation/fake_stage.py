@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from simulation.pretend_model import (
+    adapter_number,
     attend,
     embed,
     key_value,
@@ -148,7 +149,8 @@ class FakeStage:
                 raise BrokenPlan(f"{_name(row)}: {len(states)} states for {row.num_tokens} tokens")
             return states
         rope = rope_length(held.state.total_length, self._dynamic_rope)
-        return [embed(t, p, rope) for p, t in enumerate(row.token_ids, row.start)]
+        adapter = adapter_number(held.state.adapter)
+        return [embed(t, p, rope, adapter) for p, t in enumerate(row.token_ids, row.start)]
 
     def _execute_row(self, row: Row, held: _Held, states: list[Value]) -> list[Value]:
         self.num_tokens_executed += row.num_tokens

@@ -16,6 +16,7 @@ from simulation.fake_stage import FakeStage
 from simulation.fake_tenants import Tenants
 from simulation.mesh_messages import Hello, PagesRequest, Refused, Welcome, Word
 from simulation.mesh_scenario import WorkerShape
+from simulation.pretend_model import ADAPTERS
 from simulation.process import End, Process
 from simulation.stage_memory import StageMemory
 
@@ -114,6 +115,7 @@ class FakeWorker(Process):
             scheduler_address="scheduler",
             available_memory_bytes=_AMPLE_BYTES,
             followed_term=self._term,
+            adapters={name: name for name in ADAPTERS[1:]},
         )
 
     # ---- commands ------------------------------------------------------------------------------

@@ -59,7 +59,11 @@ class Oracle:
         self._arrivals[request.key] = arrival
         self._outputs[request.key] = []
         self._right[request.key] = RightAnswer(
-            request.prompt_token_ids, request.sampling, request.total_length, self._dynamic_rope
+            request.prompt_token_ids,
+            request.sampling,
+            request.total_length,
+            self._dynamic_rope,
+            request.adapter,
         )
 
     def delivered(self, key: RequestKey) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from stagemesh.sampling import SamplingSpec
 
 NUM_LAYERS = 4
 VOCAB_SIZE = 40
+ADAPTERS = ("", "adapter a", "adapter b")
 
 _MASK = 2**61 - 2
 
@@ -23,8 +24,8 @@ def mix(*numbers: int) -> int:
     return hash(numbers) & _MASK
 
 
-def embed(token_id: int, position: int, rope_length: int) -> int:
-    return mix(11, token_id, position, rope_length)
+def embed(token_id: int, position: int, rope_length: int, adapter: int) -> int:
+    return mix(11, token_id, position, rope_length, adapter)
 
 
 def key_value(layer: int, hidden: int | None, position: int) -> int | None:
@@ -57,15 +58,26 @@ def rope_length(total_length: int, dynamic_rope_length: int) -> int:
     return total_length if 0 < dynamic_rope_length < total_length else 0
 
 
+def adapter_number(adapter: str) -> int:
+    """Texts do not hash alike in every process."""
+    return ADAPTERS.index(adapter)
+
+
 class RightAnswer:
     """The one right output of a request: all layers, all positions, no blocks, no batches."""
 
     def __init__(
-        self, prompt: tuple[int, ...], spec: SamplingSpec, total_length: int, dynamic_rope: int
+        self,
+        prompt: tuple[int, ...],
+        spec: SamplingSpec,
+        total_length: int,
+        dynamic_rope: int,
+        adapter: str,
     ) -> None:
         self._spec = spec
         self._num_prompt = len(prompt)
         self._rope = rope_length(total_length, dynamic_rope)
+        self._adapter = adapter_number(adapter)
         self._tokens = list(prompt)
         self._caches: list[list[int | None]] = [[] for _ in range(NUM_LAYERS)]
         self._hidden: list[int] = []
@@ -88,7 +100,7 @@ class RightAnswer:
     def _hidden_after(self, position: int) -> int:
         while len(self._hidden) <= position:
             here = len(self._hidden)
-            hidden: int | None = embed(self._tokens[here], here, self._rope)
+            hidden: int | None = embed(self._tokens[here], here, self._rope, self._adapter)
             for layer, cache in enumerate(self._caches):
                 cache.append(key_value(layer, hidden, here))
                 hidden = attend(layer, hidden, cache)

@@ -106,7 +106,8 @@ def _simpler_arrivals(arrival: Arrival) -> Iterator[Arrival]:
         {"prompt_token_ids": request.prompt_token_ids[:-1]},
         {"max_tokens": request.max_tokens // 2},
         {"max_tokens": request.max_tokens - 1},
-        {"sampling": plain, "cache_salt": "", "priority": 0, "deadline_ns": None, "attempt": 0},
+        {"sampling": plain, "cache_salt": "", "adapter": ""},
+        {"priority": 0, "deadline_ns": None, "attempt": 0},
     ):
         is_possible = change.get("prompt_token_ids", "some") and change.get("max_tokens", 1)
         if is_possible:

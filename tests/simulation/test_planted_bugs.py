@@ -106,7 +106,17 @@ def test_a_prefix_shared_between_different_rope_scales(monkeypatch: pytest.Monke
     root_hash = prefix.root_hash
     from scheduler.core import sequence
 
-    monkeypatch.setattr(sequence, "root_hash", lambda model, salt, total: root_hash(model, salt, 0))
+    monkeypatch.setattr(sequence, "root_hash", lambda *parts: root_hash(*parts[:-1], 0))
+    assert "right is" in str(caught())
+
+
+def test_a_prefix_shared_between_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    root_hash = prefix.root_hash
+    from scheduler.core import sequence
+
+    monkeypatch.setattr(
+        sequence, "root_hash", lambda model, adapter, *rest: root_hash(model, "", *rest)
+    )
     assert "right is" in str(caught())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -46,6 +46,7 @@ class Wish:
     sampling: SamplingSpec = GREEDY
     outputs: list[int] = field(default_factory=list)
     prompt_logprobs: bool = False
+    adapter: str = ""
 
 
 @dataclass
@@ -74,8 +75,9 @@ class Live:
     @property
     def state(self) -> SequenceState:
         outputs = tuple(self.tokens[len(self.wish.prompt) :])
+        wish = self.wish
         return SequenceState(
-            tuple(self.wish.prompt), outputs, self.wish.sampling, self.total_length
+            tuple(wish.prompt), outputs, wish.sampling, self.total_length, wish.adapter
         )
 
     def rebuild_row(self, start: int, end: int, stages: range, first_writing_stage: int) -> Row:
@@ -156,6 +158,7 @@ class Chain:
         quantization: str = "auto",
         kv_dtype: str = "auto",
         load: Callable[[ExecutorConfig], StageExecutor] = _load,
+        adapters: Mapping[str, Path] | None = None,
     ) -> None:
         self.pipeline_id = pipeline_id
         num_layers = ModelSpec.from_directory(model_dir).num_layers
@@ -174,6 +177,7 @@ class Chain:
                 wire_dtype=wire_dtype,
                 quantization=parse_quantization(quantization),
                 kv_dtype=kv_dtype,
+                adapters=adapters or {},
             )
             for span in even_spans(num_layers, num_stages)
         ]

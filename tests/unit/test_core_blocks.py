@@ -141,24 +141,25 @@ def test_every_cache_group_has_blocks_of_its_own() -> None:
     assert len(table.take_updates(whole=False)) == 2
 
 
-def test_a_name_depends_on_model_salt_length_parent_and_tokens() -> None:
+def test_a_name_depends_on_model_adapter_salt_length_parent_and_tokens() -> None:
     roots = {
-        root_hash("m", "", 0),
-        root_hash("n", "", 0),
-        root_hash("m", "s", 0),
-        root_hash("", "m", 0),
-        root_hash("m", "", 9),
+        root_hash("m", "", "", 0),
+        root_hash("n", "", "", 0),
+        root_hash("m", "a", "", 0),
+        root_hash("m", "", "a", 0),
+        root_hash("", "m", "", 0),
+        root_hash("m", "", "", 9),
     }
-    assert len(roots) == 5
+    assert len(roots) == 6
     names = {block_hash(root, (1, 2)) for root in roots} | {block_hash(b"", (2, 1))}
-    assert len(names) == 6
+    assert len(names) == 7
 
 
 def test_a_chain_computes_each_name_once_and_follows_growth() -> None:
     tokens = [1, 2, 3, 4]
-    chain = HashChain(root_hash("m", "", 0), 2)
+    chain = HashChain(root_hash("m", "", "", 0), 2)
     two = list(chain.extend(tokens, 2))
     tokens += [5, 6]
     assert chain.extend(tokens, 3)[:2] == two
-    other = HashChain(root_hash("m", "", 0), 2).extend([9, 9, 3, 4], 2)
+    other = HashChain(root_hash("m", "", "", 0), 2).extend([9, 9, 3, 4], 2)
     assert other[1] != two[1]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from support.core import Drive, answer, core_with, facts, request, restart
 
-from scheduler.core import SchedulerLimits
+from scheduler.core import Finished, SchedulerCore, SchedulerLimits
 from scheduler.core.budgets import TokenBudget
-from stagemesh.errors import PeerLost, ProtocolError, StepOutOfOrder
+from stagemesh.errors import ModelNotFound, PeerLost, ProtocolError, StepOutOfOrder
 from stagemesh.plan import Epoch, HopTiming, RowResult, Step, StepResult
 from stagemesh.sampling import SamplingSpec
 
@@ -224,6 +224,40 @@ def test_salts_and_models_do_not_share() -> None:
     core.submit(request(1, prompt_token_ids=tuple(range(9)), cache_salt="other"), 0)
     drive.finish()
     assert drive.ended()[1].cached_prompt_tokens == 0
+
+
+def test_adapters_do_not_share_with_one_another_nor_with_the_model() -> None:
+    core = core_with(facts(adapters=frozenset({"a", "b"})))
+    drive = Drive(core)
+    prompt = tuple(range(9))
+    for number, adapter in enumerate(("", "a", "b", "a")):
+        core.submit(request(number, prompt_token_ids=prompt, adapter=adapter), 0)
+        drive.finish()
+    cached = [drive.ended()[number].cached_prompt_tokens for number in range(4)]
+    assert cached[:3] == [0, 0, 0]
+    assert cached[3] > 0
+
+
+def test_the_first_row_of_every_run_names_the_adapter() -> None:
+    core = core_with(facts(adapters=frozenset({"a"})))
+    core.submit(request(0, num_prompt=9, adapter="a"), 0)
+    (step,) = core.schedule(0)
+    assert step.rows[0].state is not None
+    assert step.rows[0].state.adapter == "a"
+
+
+def test_an_adapter_that_no_pipeline_has_ends_its_requests() -> None:
+    """Also those that waited for a pipeline, as after the scheduler was lost."""
+    core = SchedulerCore(SchedulerLimits())
+    core.submit(request(0, adapter="a"), 0)
+    core.submit(request(1, adapter="b"), 0)
+    assert core.take_events() == []
+    core.add_pipeline(facts(adapters=frozenset({"a"})), 0)
+    core.submit(request(2, adapter="b"), 0)
+    ended = [event for event in core.take_events() if isinstance(event, Finished)]
+    assert [event.key.request for event in ended] == [1, 2]
+    assert all(isinstance(event.error, ModelNotFound) for event in ended)
+    assert len(core.schedule(0)) == 1
 
 
 def test_without_a_prefix_cache_nothing_is_cached() -> None:

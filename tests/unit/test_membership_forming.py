@@ -229,6 +229,22 @@ def test_blocks_of_another_size_are_refused() -> None:
     assert mesh.serving
 
 
+@pytest.mark.parametrize(
+    ("adapters", "said"),
+    [
+        ({"a": "1"}, "lacks the adapter b, which the mesh has"),
+        ({"a": "1", "b": "2", "c": "3"}, "has the adapter c, which the mesh has not"),
+        ({"a": "1", "b": "9"}, "has other numbers in the adapter b"),
+    ],
+)
+def test_other_adapters_are_refused_by_name(adapters: dict[str, str], said: str) -> None:
+    mesh = FakeMesh()
+    mesh.register("a", adapters={"a": "1", "b": "2"})
+    with pytest.raises(ModelMismatch, match=said):
+        mesh.register("b", adapters=adapters)
+    assert view_of(mesh.members).adapters == {"a": "1", "b": "2"}
+
+
 def test_a_mesh_that_never_served_may_begin_again_with_another_model() -> None:
     mesh = FakeMesh()
     worker = mesh.register("a")

@@ -42,6 +42,10 @@ def write(path: Path, text: str) -> str:
     return str(path)
 
 
+def test_a_list_goes_on_where_its_flag_is_repeated() -> None:
+    assert parse("--model", "m", "--stop", "a,b", "--stop", "c").stop == ("a", "b", "c")
+
+
 def test_every_type_from_flags() -> None:
     assert parse(
         *("--model", "m", "--stages", "3", "--rate", "0.5", "--max-kv-memory", "2GiB"),
