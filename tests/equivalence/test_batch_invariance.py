@@ -30,6 +30,7 @@ MODELS = [
             "shared_expert_intermediate_size": 12,
         },
     ),
+    TinyModel("odd-gemma2", "Gemma2Config", {**ODD, "sliding_window": 70}),
 ]
 
 

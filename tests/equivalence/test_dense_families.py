@@ -11,9 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.checkpoints import TinyModel, tiny_model
+import transformers
+from support.checkpoints import SIZES, TinyModel, tiny_model
 from support.greedy import check_greedy, wishes
 from support.stages import Chain
+
+from stage_worker.cuda_support import check_supported
+from stage_worker.quantise_checkpoint import quantise_checkpoint
+from stagemesh.errors import UnsupportedModel
+from stagemesh.model_spec import parse_config
+from stagemesh.quantization import parse_quantization
 
 KINDS = ["sliding_attention", "full_attention"]
 GEMMA = {"head_dim": 24, "sliding_window": 9, "query_pre_attn_scalar": 20}
@@ -101,3 +108,35 @@ def test_greedy_tokens_are_those_of_transformers(model: TinyModel, tmp_path: Pat
         chain = Chain(tmp_path / model.name, num_stages, seed=num_stages)
         for live in chain.run(wishes(model), chunk=chunk):
             check_greedy(reference, live)
+
+
+def test_fused_weights_are_quantised_alike(tmp_path: Path) -> None:
+    """At load or by `stagemesh quantize`, and with KV in fewer bits: the same tokens."""
+    model = FAMILIES[4]
+    tiny_model(model, tmp_path)
+    stored = tmp_path / "stored"
+    quantise_checkpoint(tmp_path / model.name, stored, parse_quantization("int8"))
+    outputs = []
+    for path, quantization, num_stages in ((tmp_path / model.name, "int8", 1), (stored, "auto", 3)):
+        chain = Chain(path, num_stages, quantization=quantization, kv_dtype="int8")
+        outputs.append([live.tokens for live in chain.run(wishes(model))])
+    assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("gemma2", ["attn_logit_softcapping", "final_logit_softcapping", "gelu_tanh"]),
+        ("gemma3", ["several rotary embeddings"]),
+        ("phi3-long", ["partial_rotary_factor"]),
+        ("granite", ["residual_multiplier", "logits_scaling", "scaled embeddings"]),
+        ("smollm3", ["no_rope_layers"]),
+        ("olmo2", ["norms of whole projections", "norms after"]),
+    ],
+)
+def test_what_cuda_lacks_is_named(name: str, named: list[str]) -> None:
+    (model,) = (one for one in FAMILIES if one.name == name)
+    config = getattr(transformers, model.config_class)(**{**SIZES, **model.config})
+    with pytest.raises(UnsupportedModel) as raised:
+        check_supported(parse_config(config.to_dict(), {}))
+    assert all(feature in str(raised.value) for feature in named)

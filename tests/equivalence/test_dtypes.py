@@ -16,6 +16,11 @@ MODELS = [
     TinyModel("mistral", "MistralConfig", {"sliding_window": 9}),
     TinyModel("qwen3", "Qwen3Config", {"head_dim": 16}),
 ]
+# Those that the decoder of CUDA devices does not know.
+MORE = [
+    TinyModel("gemma3", "Gemma3TextConfig", {"head_dim": 16, "sliding_window": 9}),
+    TinyModel("olmo2", "Olmo2Config", {"pad_token_id": 0}),
+]
 # Mean difference of log-probabilities of the same tokens, at logits of standard deviation 1.5.
 TOLERANCE = {"bfloat16": 0.1, "float16": 0.015, "float32": 1e-4}
 
@@ -29,7 +34,7 @@ def prompt_logprobs(chain: Chain) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("model", MODELS, ids=str)
+@pytest.mark.parametrize("model", MODELS + MORE, ids=str)
 def test_half_precision_is_near(model: TinyModel, dtype: str, tmp_path: Path) -> None:
     tiny_model(model, tmp_path)
     exact = prompt_logprobs(Chain(tmp_path / model.name, 1))

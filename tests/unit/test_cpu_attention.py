@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+import stage_worker.capped_attention as capped_attention
 import stage_worker.cpu_attention as cpu_attention
-from stage_worker.attention import Attention, Query
+from stage_worker.attention import PLAIN_SCORES, Attention, Query, Scores
 from stage_worker.attention_parts import Gathered, Part, Stretch
 from stage_worker.block_runs import Run, runs_of
 from stage_worker.cpu_attention import CpuAttention
+from stage_worker.invariant_attention import TILE, invariant_kernel
 from stage_worker.kv_cache import KvCache, PlainKvCache
 from stage_worker.packed_kv_cache import PackedKvCache
 from stage_worker.padded_attention import PaddedAttention, fast_kernel
@@ -115,7 +117,13 @@ def make_rows(cache: KvCache, blocks: list[int], sizes: list[tuple[int, int]]) -
     return rows
 
 
-def plain(queries: Tensor, rows: list[Query], window: int | None, cache: KvCache) -> Tensor:
+def plain(
+    queries: Tensor,
+    rows: list[Query],
+    window: int | None,
+    cache: KvCache,
+    scores: Scores = PLAIN_SCORES,
+) -> Tensor:
     """The definition, in float64, query by query. [T, H, D] -> [T, H * D] of layer 1."""
     output = torch.empty_like(queries)
     for row in rows:
@@ -126,19 +134,46 @@ def plain(queries: Tensor, rows: list[Query], window: int | None, cache: KvCache
                 held[0].repeat_interleave(HEADS // KV_HEADS, dim=1).double()
                 for held in cache.read(1, slots[None])
             )
-            scores = torch.einsum("hd,chd->hc", queries[row.first + i].double(), keys)
-            weights = (scores * HEAD_DIM**-0.5).softmax(dim=1)
+            products = torch.einsum("hd,chd->hc", queries[row.first + i].double(), keys)
+            products *= HEAD_DIM**-0.5 if scores.scale is None else scores.scale
+            if scores.cap is not None:
+                products = scores.cap * torch.tanh(products / scores.cap)
+            weights = products.softmax(dim=1)
             output[row.first + i] = torch.einsum("hc,chd->hd", weights, values)
     return output.flatten(1)
 
 
 def attended(
-    attention: Attention[Any], rows: list[Query], window: int | None, cache: KvCache
+    attention: Attention[Any],
+    rows: list[Query],
+    window: int | None,
+    cache: KvCache,
+    scores: Scores = PLAIN_SCORES,
 ) -> tuple[Tensor, Tensor]:
     """What comes out, and what should."""
     queries = torch.randn(rows[-1].first + rows[-1].num_tokens, HEADS, HEAD_DIM)
     output = attention.attend(queries, attention.plan(rows, window, cache), cache, 1)
-    return output, plain(queries, rows, window, cache)
+    return output, plain(queries, rows, window, cache, scores)
+
+
+@pytest.mark.parametrize("max_bytes", [1, 2**21])
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("scores", [Scores(0.4, 1.5), Scores(0.4), Scores(None, 0.7)], ids=str)
+def test_scores_are_scaled_and_capped(
+    cache: KvCache,
+    min_run: int,
+    scores: Scores,
+    window: int | None,
+    max_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the kernel of the CPU, queries by queries where memory is short, and the invariant one."""
+    torch.manual_seed(3)
+    monkeypatch.setattr(capped_attention, "_MAX_SCORE_BYTES", max_bytes)
+    rows = make_rows(cache, _in_pieces(), ROWS)
+    for attention in (CpuAttention(scores), PaddedAttention(invariant_kernel, TILE, scores)):
+        output, expected = attended(attention, rows, window, cache, scores)
+        torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("order", ORDERS)

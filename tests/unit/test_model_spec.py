@@ -122,6 +122,56 @@ def test_dtype_and_token_ids() -> None:
     assert spec(bos_token_id=1).bos_token_id == 1
 
 
+def test_gemma_is_read_in_both_forms() -> None:
+    old = spec(
+        **family("Gemma3"),
+        num_hidden_layers=7,
+        sliding_window=5,
+        rope_theta=2e6,
+        rope_local_base_freq=3e3,
+        rope_scaling={"rope_type": "linear", "factor": 8.0},
+        query_pre_attn_scalar=64,
+    )
+    assert old.layer_windows == (5,) * 5 + (None, 5)
+    assert old.layer_ropes == (1,) * 5 + (0, 1)
+    assert [(rope.kind, rope.theta, rope.factor) for rope in old.ropes] == [
+        ("linear", 2e6, 8.0),
+        ("default", 3e3, 1.0),
+    ]
+    assert (old.head_dim, old.tie_embeddings) == (256, True)
+    assert (old.scales.embedding, old.scales.attention) == (8.0, 0.125)
+    nested = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 2e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 3e3},
+    }
+    assert spec(**family("Gemma3"), rope_parameters=nested).ropes == old.ropes
+    gemma2 = spec(**family("Gemma2"))
+    assert (gemma2.scales.attention_cap, gemma2.scales.logit_cap) == (50.0, 30.0)
+    assert gemma2.layer_windows == (4096, None, 4096, None)
+
+
+LONG = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize("kind", ["longrope", "su", "yarn"])
+def test_longrope_by_any_of_its_names(kind: str) -> None:
+    phi = spec(
+        **family("Phi3"), original_max_position_embeddings=64, rope_scaling={"type": kind, **LONG}
+    )
+    assert (phi.rope.kind, phi.dynamic_rope_length, phi.context_length) == ("longrope", 64, 128)
+    assert phi.rope.attention_factor == pytest.approx(1.0801234)
+
+
+def test_layers_without_rotation() -> None:
+    assert spec(**family("SmolLM3")).layer_ropes == (0, 0, 0, None)
+    assert spec(**family("SmolLM3"), no_rope_layers=[0, 1, 1, 0, 1]).layer_ropes == (
+        None,
+        0,
+        0,
+        None,
+    )
+
+
 UNSUPPORTED = {
     "architectures": {"architectures": ["GPT2LMHeadModel"]},
     "mamba": {"architectures": [], "model_type": "mamba"},
@@ -135,6 +185,21 @@ UNSUPPORTED = {
     "layer_types": {**family("Mistral"), "layer_types": ["full_attention"] * 4},
     "num_local_experts": {"num_local_experts": 4},
     "final_logit_softcapping": {"final_logit_softcapping": 30.0},
+    "attn_logit_softcapping": {**family("Gemma3"), "attn_logit_softcapping": 50.0},
+    "use_bidirectional_attention": {**family("Gemma3"), "use_bidirectional_attention": True},
+    "hidden_activation": {**family("Gemma2"), "hidden_activation": "silu"},
+    "sliding_window": {**family("Gemma2"), "sliding_window": None},
+    "yarn": {**family("Gemma3"), "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+    "llama3": {**family("Phi3"), "rope_scaling": {"rope_type": "llama3", "factor": 2.0}},
+    "short_mscale": {
+        **family("Phi3"),
+        "original_max_position_embeddings": 64,
+        "rope_scaling": {"type": "longrope", **LONG, "short_mscale": 1.2},
+    },
+    "embedding_multiplier": {"embedding_multiplier": 12.0},
+    "no_rope_layers": {"no_rope_layers": [1, 0, 1, 0]},
+    "rope_local_base_freq": {**family("Gemma2"), "rope_local_base_freq": 1e4},
+    "GptOssForCausalLM": family("GptOss"),
 }
 
 
@@ -156,6 +221,10 @@ def test_what_is_not_understood_is_named(key: str, config: dict[str, Any]) -> No
         ({"rope_scaling": {"type": "linear"}}, "factor"),
         ({"eos_token_id": "two"}, "eos_token_id"),
         ({"rms_norm_eps": 0}, "rms_norm_eps"),
+        ({**family("Gemma2"), "query_pre_attn_scalar": 0}, "query_pre_attn_scalar"),
+        ({**family("SmolLM3"), "no_rope_layers": [1, 0]}, "no_rope_layers"),
+        ({**family("Phi3"), "partial_rotary_factor": 0.2}, "partial_rotary_factor 0.2"),
+        ({**family("Phi3"), "rope_scaling": {"type": "longrope", **LONG}}, "original_max_position"),
     ],
 )
 def test_wrong_values_are_named(config: dict[str, Any], message: str) -> None:
