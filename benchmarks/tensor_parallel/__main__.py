@@ -4,7 +4,8 @@ Three tables: latency of an all-reduce by transport and size; a rank's share of 
 all-reduces; tokens a second of meshes of (stages, ranks), one thread for each rank, also for each
 worker that computes. Ranks beyond the cores of this host share them.
 
-    python -m benchmarks.tensor_parallel --out found --parts all-reduce step meshes
+    python -m benchmarks.tensor_parallel --out found
+    python -m benchmarks.tensor_parallel --parts meshes --shapes 1x1 2x1 1x2 2x2
 """
 
 from __future__ import annotations
@@ -61,9 +62,8 @@ def _shares(args: argparse.Namespace, model_dir: Path) -> None:
 def _throughputs(args: argparse.Namespace, model_dir: Path) -> list[meshes.Throughput]:
     print("\n| stages | ranks of each | batch | tokens/s | per worker |\n|---|---|---|---|---|")
     found = []
-    shapes = [shape for shape in meshes.SHAPES if shape[0] * shape[1] <= args.max_workers]
     with tempfile.TemporaryDirectory() as scratch:
-        for one in meshes.measure(model_dir, shapes, args.batches, args.up, Path(scratch)):
+        for one in meshes.measure(model_dir, args.shapes, args.batches, args.up, Path(scratch)):
             print(
                 f"| {one.stages} | {one.ranks} | {one.batch} | {one.tokens_per_s:.1f} "
                 f"| {one.per_worker:.1f} |",
@@ -71,6 +71,11 @@ def _throughputs(args: argparse.Namespace, model_dir: Path) -> list[meshes.Throu
             )
             found.append(one)
     return found
+
+
+def _shape(text: str) -> tuple[int, int]:
+    stages, ranks = text.split("x")
+    return int(stages), int(ranks)
 
 
 def _arguments() -> argparse.Namespace:
@@ -81,7 +86,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--quantization", nargs="+", default=["none", "int8"], help="of steps")
     parser.add_argument("--context", type=int, default=128, help="of steps")
-    parser.add_argument("--max-workers", type=int, default=4, help="of meshes: stages x ranks")
+    parser.add_argument(
+        "--shapes", type=_shape, nargs="+", default=meshes.SHAPES, help="of meshes: STAGESxRANKS"
+    )
     parser.add_argument("--up", default="", help="of meshes: further options of stagemesh up")
     parser.add_argument("--out", type=Path, help="directory for the plot")
     return parser.parse_args()

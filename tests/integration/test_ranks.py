@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -168,14 +167,14 @@ def test_numbers_that_do_not_fit_are_one_sentence(option: str, told: str) -> Non
     assert told in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("transport", ["memory", "gloo"])
-def test_the_reference_of_stories260k(monkeypatch: pytest.MonkeyPatch, transport: str) -> None:
+@pytest.mark.parametrize(("transport", "ranks"), [("memory", "1,4"), ("gloo", "2,1")])
+def test_the_reference_of_stories260k(
+    monkeypatch: pytest.MonkeyPatch, transport: str, ranks: str
+) -> None:
     monkeypatch.setenv("STAGEMESH_RANK_TRANSPORT", transport)
-    some = cases()[::3]
-    with running_mesh(MODEL, "--tensor-parallel", "1,4", stages=2) as mesh:
-        started_s = time.monotonic()
+    some = cases()[::5]
+    with running_mesh(MODEL, "--tensor-parallel", ranks, stages=2) as mesh:
         outputs = mesh.generate_all(greedy_request(c["prompt_ids"], 64) for c in some)
-        print(f"{transport}: {time.monotonic() - started_s:.1f} s")
     assert [output.token_ids for output in outputs] == [case["output_ids"] for case in some]
 
 
