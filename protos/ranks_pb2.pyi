@@ -29,7 +29,7 @@ class RankCommand(_message.Message):
     def __init__(self, load: _Optional[_Union[LoadShard, _Mapping]] = ..., make_pages: _Optional[_Union[MakePages, _Mapping]] = ..., join: _Optional[_Union[JoinPipeline, _Mapping]] = ..., forget: _Optional[_Union[ForgetPipelines, _Mapping]] = ..., step: _Optional[_Union[RankStep, _Mapping]] = ..., say_outcome: _Optional[_Union[SayOutcome, _Mapping]] = ..., read_blocks: _Optional[_Union[ReadBlocks, _Mapping]] = ..., write_blocks: _Optional[_Union[WriteBlocks, _Mapping]] = ...) -> None: ...
 
 class LoadShard(_message.Message):
-    __slots__ = ("model_dir", "span", "device", "dtype", "batch_invariant", "block_size_tokens", "wire_dtype", "kv_dtype", "quantization", "lone_threads", "adapters")
+    __slots__ = ("model_dir", "span", "device", "dtype", "batch_invariant", "block_size_tokens", "wire_dtype", "kv_dtype", "quantization", "lone_threads", "adapters", "expert_parallel")
     class AdaptersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -48,6 +48,7 @@ class LoadShard(_message.Message):
     QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     LONE_THREADS_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_PARALLEL_FIELD_NUMBER: _ClassVar[int]
     model_dir: str
     span: _mesh_pb2.LayerSpan
     device: str
@@ -59,7 +60,8 @@ class LoadShard(_message.Message):
     quantization: str
     lone_threads: int
     adapters: _containers.ScalarMap[str, str]
-    def __init__(self, model_dir: _Optional[str] = ..., span: _Optional[_Union[_mesh_pb2.LayerSpan, _Mapping]] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., batch_invariant: bool = ..., block_size_tokens: _Optional[int] = ..., wire_dtype: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., lone_threads: _Optional[int] = ..., adapters: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    expert_parallel: bool
+    def __init__(self, model_dir: _Optional[str] = ..., span: _Optional[_Union[_mesh_pb2.LayerSpan, _Mapping]] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., batch_invariant: bool = ..., block_size_tokens: _Optional[int] = ..., wire_dtype: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., lone_threads: _Optional[int] = ..., adapters: _Optional[_Mapping[str, str]] = ..., expert_parallel: bool = ...) -> None: ...
 
 class MakePages(_message.Message):
     __slots__ = ("num_blocks",)

@@ -10,7 +10,7 @@ experts' order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -74,15 +74,22 @@ class Router:
 
 
 class SparseMlp:
-    """A mixture of experts; `tokens_routed` [N] counts the tokens that each was given."""
+    """A mixture of experts, or those of them that this rank has: the others' are added elsewhere.
+
+    `tokens_routed` [N] counts the tokens that each was given, whoever has it.
+    """
 
     def __init__(
-        self, router: Router, experts: Sequence[DenseMlp], shared: SharedExpert | None
+        self,
+        router: Router,
+        experts: Mapping[int, DenseMlp],
+        num_experts: int,
+        shared: SharedExpert | None,
     ) -> None:
         self._router = router
         self._experts = experts
         self._shared = shared
-        self.tokens_routed = torch.zeros(len(experts), dtype=torch.int64)
+        self.tokens_routed = torch.zeros(num_experts, dtype=torch.int64)
 
     def __call__(self, x: Tensor, activation: Activation) -> Tensor:
         """[T, E] -> [T, E]"""
@@ -94,13 +101,14 @@ class SparseMlp:
         return output if self._shared is None else output.add_(self._shared(x, activation))
 
     def _groups(self, chosen: Tensor, weights: Tensor) -> list[tuple[int, Tensor, Tensor]]:
-        """(expert, its tokens [n], their weights [n, 1]) of every expert that has any, in order."""
+        """(expert, its tokens [n], their weights [n, 1]) of every expert here that has any, in
+        order."""
         order = chosen.flatten().argsort(stable=True)
-        counts = torch.bincount(chosen.flatten(), minlength=len(self._experts))
+        counts = torch.bincount(chosen.flatten(), minlength=len(self.tokens_routed))
         self.tokens_routed += counts
         sizes = counts.tolist()
         tokens = torch.split(order // chosen.shape[1], sizes)
         shares = torch.split(weights.flatten()[order].unsqueeze(1), sizes)
         return [
-            (expert, tokens[expert], shares[expert]) for expert, size in enumerate(sizes) if size
+            (expert, tokens[expert], shares[expert]) for expert in self._experts if sizes[expert]
         ]

@@ -124,4 +124,5 @@ def _config(load: ranks_pb2.LoadShard) -> ExecutorConfig:
         quantization=parse_quantization(load.quantization),
         lone_threads=load.lone_threads,
         adapters={identity: Path(path) for identity, path in load.adapters.items()},
+        expert_parallel=load.expert_parallel,
     )

@@ -48,6 +48,7 @@ class ExecutorConfig:
     `num_blocks` where given, else what fits the memory. The log has as many blocks where
     `max_log_memory_bytes` is None and the host has room; 0 is for no log. `lone_threads`: of steps
     that are alone in their pipeline; 0: as of all steps. `adapters`: directories by identity.
+    `expert_parallel`: ranks have whole experts, instead of a part of each.
     """
 
     model_dir: Path
@@ -63,6 +64,7 @@ class ExecutorConfig:
     quantization: Quantization = AS_STORED
     lone_threads: int = 0
     kv_dtype: str = "auto"
+    expert_parallel: bool = False
     adapters: Mapping[str, Path] = field(default_factory=dict)
 
 
@@ -156,8 +158,8 @@ def load_weights(
     if config.block_size_tokens < 1:
         raise ConfigError(f"block_size must be at least 1, not {config.block_size_tokens}")
     spec = ModelSpec.from_directory(config.model_dir)
-    check_divides(spec, group.size)
-    shards = Shards(spec, group.rank, group.size)
+    check_divides(spec, group.size, config.expert_parallel)
+    shards = Shards(spec, group.rank, group.size, config.expert_parallel)
     device = _device(config.device)
     dtype_name = resolve_dtype(config.dtype, spec, device)
     dtype = TORCH_DTYPES[dtype_name]

@@ -103,6 +103,11 @@ class WorkerOptions:
         minimum=1,
         maximum=64,
     )
+    expert_parallel: bool = option(
+        False,
+        help="ranks have whole experts of a mixture instead of a part of each; what else there is "
+        "in a layer they share as ever",
+    )
     rank_transport: str = option(
         "auto",
         help="how ranks exchange what they computed; auto: through memory where the processor "

@@ -231,4 +231,5 @@ def _load_message(config: ExecutorConfig) -> ranks_pb2.LoadShard:
         quantization=str(config.quantization),
         lone_threads=config.lone_threads,
         adapters={identity: str(path) for identity, path in config.adapters.items()},
+        expert_parallel=config.expert_parallel,
     )

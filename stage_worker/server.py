@@ -74,7 +74,7 @@ async def serve(
     _check_span(options, spec)
     dtype = options.resolved_dtype(spec.dtype)
     options.resolved_kv_dtype(dtype)  # refused before anything is begun
-    check_divides(spec, options.tensor_parallel)
+    check_divides(spec, options.tensor_parallel, options.expert_parallel)
     server = RpcServer(options.listen)
     ranks = start_ranks(options.tensor_parallel, options.rank_transport)
     device = DeviceThread()

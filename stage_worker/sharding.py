@@ -72,17 +72,25 @@ EVERYTHING = Part(ALL, ALL)
 
 @dataclass(frozen=True, slots=True)
 class Shards:
-    """What rank `rank` of `size` has of a model. The group of one has everything."""
+    """What rank `rank` of `size` has of a model. The group of one has everything.
+
+    With `whole_experts` the experts of a mixture are spread over the ranks (expert parallelism);
+    else each of them is split as other layers are.
+    """
 
     spec: ModelSpec
     rank: int = 0
     size: int = 1
+    whole_experts: bool = False
 
     def part(self, name: str, shape: tuple[int, ...]) -> Part | None:
         """Of the weight or bias `name`, [outputs, inputs] or [outputs]; None where other ranks
         have it. Raises UnsupportedModel for one that the table does not know."""
         if self.size == 1:
             return EVERYTHING
+        expert = _expert_of(name)
+        if self.whole_experts and expert is not None:
+            return EVERYTHING if expert in self.experts else None
         module, kind = name.split(".")[-2:]
         split = SPLITS.get(module)
         if split is None or (split is Split.EACH_HEAD and shape != (self.spec.head_dim,)):
@@ -115,6 +123,14 @@ class Shards:
             found.append(Part(slice(first + part.rows.start, first + part.rows.stop), ALL))
             first += size
         return found
+
+    @property
+    def experts(self) -> range:
+        """Those that this rank computes, its part of each or the whole; of every sparse layer."""
+        num_experts = self.spec.moe.num_experts if self.spec.moe else 0
+        return (
+            _share(num_experts, self.rank, self.size) if self.whole_experts else range(num_experts)
+        )
 
     @property
     def vocabulary(self) -> range:
@@ -154,12 +170,22 @@ def num_outputs(parts: list[Part], whole: int) -> int:
     return sum(len(range(whole)[part.rows]) for part in parts)
 
 
-def check_divides(spec: ModelSpec, size: int) -> None:
+def _expert_of(name: str) -> int | None:
+    """The expert that a weight is of; None where it is of none, or of the shared one."""
+    path = name.split(".")
+    return int(path[path.index("experts") + 1]) if "experts" in path else None
+
+
+def check_divides(spec: ModelSpec, size: int, whole_experts: bool = False) -> None:
     """Raises ConfigError where the model's counts do not divide among `size` ranks."""
     sizes = {"query heads": spec.num_heads}
+    if whole_experts and (spec.moe is None or spec.moe.num_experts < size):
+        num_experts = spec.moe.num_experts if spec.moe else 0
+        raise ConfigError(f"--expert-parallel: {num_experts} experts are too few for {size} ranks")
     if spec.moe is not None:
-        sizes |= {"an expert's size": spec.moe.intermediate_size}
         sizes |= {"the shared expert's size": spec.moe.shared_size}
+        if not whole_experts:
+            sizes |= {"an expert's size": spec.moe.intermediate_size}
     if spec.moe is None or not all(spec.moe.sparse):
         sizes |= {"intermediate_size": spec.intermediate_size}
     for what, count in sizes.items():

@@ -183,6 +183,7 @@ def _config(
         wire_dtype=options.wire_dtype,
         lone_threads=options.lone_threads,
         kv_dtype=options.kv_dtype,
+        expert_parallel=options.expert_parallel,
         adapters=adapters,
     )
 

@@ -167,7 +167,8 @@ class WeightLoader:
         scores = self._plain(tensor_name(layer, f"{module}.gate"))
         return SparseMlp(
             Router(scores, moe.num_chosen, moe.renormalised),
-            [mlp(f"experts.{i}") for i in range(moe.num_experts)],
+            {i: mlp(f"experts.{i}") for i in self._shards.experts},
+            moe.num_experts,
             shared,
         )
 

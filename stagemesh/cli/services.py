@@ -60,6 +60,7 @@ def worker(options: UpOptions, scheduler_address: str, index: int, port: int) ->
         "--model": options.model_dir(),
         "--worker-id": f"worker-{index}",
         "--tensor-parallel": ranks if ranks > 1 else None,
+        "--expert-parallel": options.expert_parallel,
         "--layers": layers,
         "--listen": f"127.0.0.1:{port}",
         "--device": options.device,

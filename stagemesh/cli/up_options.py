@@ -48,6 +48,9 @@ class UpOptions:
         (),
         help="ranks that share the layers of each worker, or one number per stage: 2 or 2,1,1 [1]",
     )
+    expert_parallel: bool | None = option(
+        None, help="these ranks have whole experts of a mixture instead of a part of each"
+    )
     adapters: tuple[str, ...] = option(
         (),
         flag="adapter",

@@ -12,9 +12,13 @@ from support.checkpoints import SIZES, TinyModel, prompts, reference_logprobs, t
 from support.mesh import greedy_request, running_mesh, wait_until
 from support.paths import DEMO_MODEL
 from support.stages import Chain, Wish
+from support.thread_ranks import ranked_chain
 
 from stage_worker import fbgemm
 from stage_worker.quantise_checkpoint import quantise_checkpoint
+from stage_worker.sharding import check_divides
+from stagemesh.errors import ConfigError
+from stagemesh.model_spec import ModelSpec
 from stagemesh.quantization import parse_quantization
 
 MODEL = TinyModel(
@@ -86,6 +90,25 @@ def test_all_tokens_to_two_experts(tmp_path: Path) -> None:
             assert [expert for expert, tokens in enumerate(counts) if tokens] == [1, 4]
 
 
+@pytest.mark.parametrize("sizes", [(4,), (2, 1)])
+def test_experts_spread_over_ranks(sizes: tuple[int, ...], checkpoint: tuple[Any, Path]) -> None:
+    """6 experts on 4 ranks: two have 2, and two have 1."""
+    reference, path = checkpoint
+    with ranked_chain(path, sizes, expert_parallel=True) as chain:
+        for live in chain.run(wishes(6), chunk=7, max_rows=4):
+            assert sampled(live) == greedy_tokens(reference, live)
+        weights = [rank.facts.weight_bytes for rank in chain.stages[0].ranks]
+    assert weights == sorted(weights, reverse=True)
+    assert (weights[0] > weights[-1]) == (sizes == (4,))
+
+
+def test_too_few_experts_for_the_ranks(checkpoint: tuple[Any, Path]) -> None:
+    spec = ModelSpec.from_directory(checkpoint[1])
+    check_divides(spec, 4, whole_experts=True)
+    with pytest.raises(ConfigError, match="--expert-parallel: 6 experts are too few for 8 ranks"):
+        check_divides(spec, 8, whole_experts=True)
+
+
 @pytest.mark.skipif(not fbgemm.is_available(), reason="needs AVX2")
 @pytest.mark.parametrize("scheme", ["int8", "int4-g32"])
 def test_stored_quantised(scheme: str, checkpoint: tuple[Any, Path], tmp_path: Path) -> None:
@@ -103,7 +126,8 @@ def test_counts_come_to_status_and_metrics(checkpoint: tuple[Any, Path]) -> None
     reference, path = checkpoint
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (path / name).write_bytes((DEMO_MODEL / name).read_bytes())
-    with running_mesh(path, stages=2) as mesh:
+    # Two stages of two ranks, each with half of the experts.
+    with running_mesh(path, "--tensor-parallel", "2", "--expert-parallel", stages=2) as mesh:
         prompt = wishes(1)[0].prompt
         output = mesh.generate(greedy_request(prompt, NUM_TOKENS, ignore_eos=True))
 

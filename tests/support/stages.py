@@ -159,6 +159,7 @@ class Chain:
         kv_dtype: str = "auto",
         load: Callable[[ExecutorConfig], StageExecutor] = _load,
         adapters: Mapping[str, Path] | None = None,
+        expert_parallel: bool = False,
     ) -> None:
         self.pipeline_id = pipeline_id
         num_layers = ModelSpec.from_directory(model_dir).num_layers
@@ -178,6 +179,7 @@ class Chain:
                 quantization=parse_quantization(quantization),
                 kv_dtype=kv_dtype,
                 adapters=adapters or {},
+                expert_parallel=expert_parallel,
             )
             for span in even_spans(num_layers, num_stages)
         ]
