@@ -19,6 +19,7 @@ from stage_worker.checkpoint import TORCH_DTYPES
 from stage_worker.collectives import ALONE, Group
 from stage_worker.cuda_support import check_supported
 from stage_worker.decoding import Decoding, make_decoding
+from stage_worker.devices import as_out_of_memory, check_fits, find_device
 from stage_worker.kernels import Kernels, choose_kernels
 from stage_worker.kv_cache import (
     KvCache,
@@ -30,13 +31,13 @@ from stage_worker.kv_cache import (
 from stage_worker.kv_dtype import resolve_kv_dtype
 from stage_worker.linear_schemes import Numerics
 from stage_worker.lora import StageAdapters
-from stage_worker.memory import available_bytes, trim
+from stage_worker.memory import trim
 from stage_worker.packed_kv_cache import PackedKvCache
 from stage_worker.payload import resolve_wire_dtype
 from stage_worker.sharding import Shards, check_divides
 from stage_worker.thread_counts import ThreadCounts
 from stage_worker.weights import StageWeights, WeightLoader, routed_tokens
-from stagemesh.errors import ConfigError, OutOfMemory
+from stagemesh.errors import ConfigError
 from stagemesh.model_spec import ModelSpec
 from stagemesh.plan import Span
 from stagemesh.quantization import AS_STORED, Quantization
@@ -160,7 +161,7 @@ def load_weights(
     spec = ModelSpec.from_directory(config.model_dir)
     check_divides(spec, group.size, config.expert_parallel)
     shards = Shards(spec, group.rank, group.size, config.expert_parallel)
-    device = _device(config.device)
+    device = find_device(config.device)
     dtype_name = resolve_dtype(config.dtype, spec, device)
     dtype = TORCH_DTYPES[dtype_name]
     if device.type == "cuda":
@@ -172,7 +173,7 @@ def load_weights(
     loader = WeightLoader(config.model_dir, spec, numerics, progress.advance, shards)
     adapter_loader = AdapterLoader(config.adapters, spec, dtype, device, shards)
     progress.total_bytes = loader.span_bytes(config.span) + adapter_loader.span_bytes(config.span)
-    _check_fits(progress.total_bytes * group.size, device)
+    check_fits(progress.total_bytes * group.size, device)
     try:
         weights = loader.load(config.span)
         adapters = adapter_loader.load(
@@ -181,7 +182,7 @@ def load_weights(
         progress.end()
         trim()
     except (RuntimeError, MemoryError) as error:
-        raise _as_out_of_memory(error) from error
+        raise as_out_of_memory(error) from error
     num_bytes = progress.loaded_bytes
     return LoadedWeights(
         config,
@@ -214,7 +215,7 @@ def make_stage(loaded: LoadedWeights, num_blocks: int | None = None) -> LoadedSt
             local, config.span, weights, cache, kernels, dtype, loaded.adapters, shards, group
         )
     except (RuntimeError, MemoryError) as error:
-        raise _as_out_of_memory(error) from error
+        raise as_out_of_memory(error) from error
     facts = ExecutorFacts(
         num_blocks=cache.num_blocks,
         block_size_tokens=config.block_size_tokens,
@@ -255,29 +256,6 @@ class _Progress:
     def end(self) -> None:
         self.total_bytes = self.loaded_bytes
         self._on_progress(self.loaded_bytes, self.total_bytes)
-
-
-def _device(name: str) -> torch.device:
-    if name not in ("cpu", "cuda") and not name.startswith("cuda:"):
-        raise ConfigError(f"device must be cpu or cuda, not {name!r}")
-    if name == "cpu":
-        return torch.device(name)
-    if not torch.cuda.is_available():
-        raise ConfigError(f"device {name!r}: this torch finds no CUDA device")
-    index = name.removeprefix("cuda").removeprefix(":") or "0"
-    if not index.isdecimal() or int(index) >= torch.cuda.device_count():
-        raise ConfigError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices")
-    # Of the thread that loads, which is the one that executes: kernels are started on it.
-    torch.cuda.set_device(int(index))
-    return torch.device("cuda", int(index))
-
-
-def _check_fits(weight_bytes: int, device: torch.device) -> None:
-    available = available_bytes(device)
-    if weight_bytes > available:
-        raise OutOfMemory(
-            f"the span's weights take {weight_bytes} bytes, {available} are available on {device}"
-        )
 
 
 def _make_cache(loaded: LoadedWeights, config: ExecutorConfig) -> KvCache:
@@ -326,11 +304,3 @@ def _make_log(
             num_kv_blocks, bytes_per_block, config.max_log_memory_bytes
         )
     return BoundaryLog(num_blocks, size, spec.hidden_size, dtype)
-
-
-def _as_out_of_memory(error: Exception) -> Exception:
-    """torch says that memory ran out in words only, on the CPU."""
-    told = str(error)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in told:
-        return OutOfMemory(f"not enough memory to load the span: {told.splitlines()[0]}")
-    return error

@@ -64,8 +64,8 @@ def interpreted_stage(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
             stage_worker.loading,
             "make_decoding",
-            lambda spec, windows, weights, cache, kernels, dtype: cuda_decoding(
-                spec, windows, weights, cache, dtype
+            lambda spec, span, weights, cache, kernels, dtype, *_: cuda_decoding(
+                spec, spec.layer_windows[span.start : span.end], weights, cache, dtype
             ),
         )
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from support.checkpoints import TinyModel, tiny_model
 from support.measure_stage_memory import anonymous_bytes
 
-from stage_worker import loading
+from stage_worker import devices
 from stage_worker.executor import ExecutorConfig, StageExecutor
 from stage_worker.identity import CACHE_NAME, summarise
 from stagemesh.errors import (
@@ -156,7 +156,7 @@ def test_memory_that_is_not_there(originals: Path, monkeypatch: pytest.MonkeyPat
     path = originals / "single"
     with pytest.raises(OutOfMemory, match="max_kv_memory"):
         load(path, num_blocks=None, max_kv_memory_bytes=100)
-    monkeypatch.setattr(loading, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(devices, "available_bytes", lambda device: 1000)
     with pytest.raises(OutOfMemory, match="weights take"):
         load(path)
 
