@@ -14,7 +14,7 @@ RUNTIME := $(VENV)/.stagemesh-runtime
 DEV := $(VENV)/.stagemesh-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test check format protos sim bench clean
+.PHONY: help demo up test check format protos sim product bench clean
 
 help:
 	@echo "make demo        a mesh of two stages tells a story, and ends"
@@ -23,6 +23,7 @@ help:
 	@echo "make check       ruff, mypy, import-linter"
 	@echo "make format      ruff format, and what ruff can fix"
 	@echo "make sim SEED=7  one seed of the simulator; ARGS='--num-seeds 1000 --quiet': more"
+	@echo "make product     every family by stages, ranks, replicas: a night; ARGS=--plan: minutes"
 	@echo "make bench       how fast; ARGS='--stages 1,2 --batch 1,8 --out found' says what"
 	@echo "make protos      the stubs from the .proto files"
 	@echo "make clean       removes the environment and what was built"
@@ -68,6 +69,9 @@ protos: $(DEV)
 
 sim: $(DEV)
 	$(BIN)/python tests/simulation/run.py $(SEED) $(ARGS)
+
+product: $(DEV)
+	$(BIN)/python tests/product/run.py $(ARGS)
 
 bench: $(DEV)
 	$(BIN)/stagemesh bench $(ARGS)
