@@ -213,7 +213,7 @@ async def check_health(gateway: Gateway, service: str) -> int:
 
 
 async def until_serving(gateway: Gateway, wanted: int = 1) -> None:
-    async with asyncio.timeout(10.0):
+    async with asyncio.timeout(60):
         while await check_health(gateway, "stagemesh.v1.TextGeneration") != wanted:
             pass
 

@@ -168,7 +168,7 @@ async def test_max_unavailable_counts_only_while_nothing_serves() -> None:
 
 
 async def until_health(gateway: Gateway, status: int) -> None:
-    async with httpx.AsyncClient(base_url=gateway.url) as http, asyncio.timeout(10.0):
+    async with httpx.AsyncClient(base_url=gateway.url) as http, asyncio.timeout(60):
         while (await http.get("/health")).status_code != status:
             pass
 
@@ -191,7 +191,7 @@ async def test_as_many_wait_as_the_gateway_holds(away: Any) -> None:
     async with away(max_concurrent_requests=2, default_timeout_s=0.0) as gateway:
         waiting = [asyncio.ensure_future(generate(gateway)) for _ in range(2)]
         async with httpx.AsyncClient(base_url=gateway.url) as http:
-            async with asyncio.timeout(10.0):
+            async with asyncio.timeout(60):
                 while "requests_in_progress 2.0" not in (await http.get("/metrics")).text:
                     pass
             error = await failure(gateway)
@@ -215,7 +215,7 @@ async def test_what_waited_for_the_scheduler_is_not_refused_by_its_queue() -> No
         await server.stop(0)
         async with running_gateway(DEMO_MODEL, address, scheduler) as gateway:
             waiting = asyncio.ensure_future(generate(gateway))
-            async with httpx.AsyncClient(base_url=gateway.url) as http, asyncio.timeout(10.0):
+            async with httpx.AsyncClient(base_url=gateway.url) as http, asyncio.timeout(60):
                 while "requests_in_progress 1.0" not in (await http.get("/metrics")).text:
                     pass
             async with served(scheduler, address):

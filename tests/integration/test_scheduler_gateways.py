@@ -64,7 +64,7 @@ async def test_a_gateway_that_does_not_read_is_cut_off(monkeypatch: pytest.Monke
         other = await mesh.gateway(2)
         mesh.gateways.append(deaf)
         much = SamplingSpec(num_prompt_logprobs=0)
-        async with asyncio.timeout(25):
+        async with asyncio.timeout(60):
             while (await mesh.status()).num_gateways == 2:
                 for _ in range(5):
                     with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):

@@ -62,7 +62,7 @@ async def check_the_end(mesh: PretendMesh, gateway: PretendGateway) -> mesh_pb2.
 
 async def test_a_worker_is_killed_and_started_again_and_every_stream_is_right() -> None:
     async with (
-        pretend_mesh(0, num_stages=2, lease_s=2.0) as mesh,
+        pretend_mesh(0, num_stages=2, lease_s=5.0) as mesh,
         worker_process(mesh, "first"),
         worker_process(mesh, "second") as second,
     ):
@@ -81,7 +81,9 @@ def has_spares(status: mesh_pb2.GetStatusResponse) -> bool:
 
 async def test_a_worker_is_killed_and_the_one_that_took_over_is_drained() -> None:
     async with contextlib.AsyncExitStack() as stack:
-        mesh = await stack.enter_async_context(pretend_mesh(0, num_stages=2, num_replicas=1))
+        mesh = await stack.enter_async_context(
+            pretend_mesh(0, num_stages=2, num_replicas=1, lease_s=5.0)
+        )
         names = ("w0", "w1", "w2", "w3")
         processes = {
             name: await stack.enter_async_context(worker_process(mesh, name)) for name in names
@@ -92,7 +94,7 @@ async def test_a_worker_is_killed_and_the_one_that_took_over_is_drained() -> Non
         status = await mesh.wait_status(
             lambda status: status.pipelines[0].mending.join_ns > 0, "the mesh to be whole"
         )
-        assert status.pipelines[0].mending.fill_ns < 500e6, "from the kill to a replacement"
+        assert status.pipelines[0].mending.fill_ns < 2.5e9, "noticed by the kill, not by the lease"
         name = status.pipelines[0].worker_ids[0]
         response = await mesh.drain(name)
         assert response.successor_id not in ("", name)

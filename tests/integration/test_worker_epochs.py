@@ -310,7 +310,7 @@ async def test_health_tells_of_the_epoch(pair: Pair) -> None:
         assert await is_serving(channel, "")
         assert await is_serving(channel, SERVICE_NAME)
         await pair.end(epoch, stream)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while await is_serving(channel, SERVICE_NAME):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         assert await is_serving(channel, "")

@@ -166,7 +166,7 @@ class PretendMesh:
 
     async def wait_status(self, condition: Any, what: str) -> mesh_pb2.GetStatusResponse:
         status = await self.status()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not condition(status):
                 await asyncio.sleep(0.01)  # between two looks, never instead of one
                 status = await self.status()
