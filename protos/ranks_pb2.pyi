@@ -9,7 +9,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RankCommand(_message.Message):
-    __slots__ = ("load", "make_pages", "join", "forget", "step", "say_outcome", "read_blocks", "write_blocks")
+    __slots__ = ("load", "make_pages", "join", "forget", "step", "say_outcome", "read_blocks", "write_blocks", "place_experts")
     LOAD_FIELD_NUMBER: _ClassVar[int]
     MAKE_PAGES_FIELD_NUMBER: _ClassVar[int]
     JOIN_FIELD_NUMBER: _ClassVar[int]
@@ -18,6 +18,7 @@ class RankCommand(_message.Message):
     SAY_OUTCOME_FIELD_NUMBER: _ClassVar[int]
     READ_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     WRITE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    PLACE_EXPERTS_FIELD_NUMBER: _ClassVar[int]
     load: LoadShard
     make_pages: MakePages
     join: JoinPipeline
@@ -26,10 +27,11 @@ class RankCommand(_message.Message):
     say_outcome: SayOutcome
     read_blocks: ReadBlocks
     write_blocks: WriteBlocks
-    def __init__(self, load: _Optional[_Union[LoadShard, _Mapping]] = ..., make_pages: _Optional[_Union[MakePages, _Mapping]] = ..., join: _Optional[_Union[JoinPipeline, _Mapping]] = ..., forget: _Optional[_Union[ForgetPipelines, _Mapping]] = ..., step: _Optional[_Union[RankStep, _Mapping]] = ..., say_outcome: _Optional[_Union[SayOutcome, _Mapping]] = ..., read_blocks: _Optional[_Union[ReadBlocks, _Mapping]] = ..., write_blocks: _Optional[_Union[WriteBlocks, _Mapping]] = ...) -> None: ...
+    place_experts: PlaceExperts
+    def __init__(self, load: _Optional[_Union[LoadShard, _Mapping]] = ..., make_pages: _Optional[_Union[MakePages, _Mapping]] = ..., join: _Optional[_Union[JoinPipeline, _Mapping]] = ..., forget: _Optional[_Union[ForgetPipelines, _Mapping]] = ..., step: _Optional[_Union[RankStep, _Mapping]] = ..., say_outcome: _Optional[_Union[SayOutcome, _Mapping]] = ..., read_blocks: _Optional[_Union[ReadBlocks, _Mapping]] = ..., write_blocks: _Optional[_Union[WriteBlocks, _Mapping]] = ..., place_experts: _Optional[_Union[PlaceExperts, _Mapping]] = ...) -> None: ...
 
 class LoadShard(_message.Message):
-    __slots__ = ("model_dir", "span", "device", "dtype", "batch_invariant", "block_size_tokens", "wire_dtype", "kv_dtype", "quantization", "lone_threads", "adapters", "expert_parallel")
+    __slots__ = ("model_dir", "span", "device", "dtype", "batch_invariant", "block_size_tokens", "wire_dtype", "kv_dtype", "quantization", "lone_threads", "adapters", "expert_parallel", "redundant_experts")
     class AdaptersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -49,6 +51,7 @@ class LoadShard(_message.Message):
     LONE_THREADS_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     EXPERT_PARALLEL_FIELD_NUMBER: _ClassVar[int]
+    REDUNDANT_EXPERTS_FIELD_NUMBER: _ClassVar[int]
     model_dir: str
     span: _mesh_pb2.LayerSpan
     device: str
@@ -61,7 +64,22 @@ class LoadShard(_message.Message):
     lone_threads: int
     adapters: _containers.ScalarMap[str, str]
     expert_parallel: bool
-    def __init__(self, model_dir: _Optional[str] = ..., span: _Optional[_Union[_mesh_pb2.LayerSpan, _Mapping]] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., batch_invariant: bool = ..., block_size_tokens: _Optional[int] = ..., wire_dtype: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., lone_threads: _Optional[int] = ..., adapters: _Optional[_Mapping[str, str]] = ..., expert_parallel: bool = ...) -> None: ...
+    redundant_experts: int
+    def __init__(self, model_dir: _Optional[str] = ..., span: _Optional[_Union[_mesh_pb2.LayerSpan, _Mapping]] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., batch_invariant: bool = ..., block_size_tokens: _Optional[int] = ..., wire_dtype: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., lone_threads: _Optional[int] = ..., adapters: _Optional[_Mapping[str, str]] = ..., expert_parallel: bool = ..., redundant_experts: _Optional[int] = ...) -> None: ...
+
+class PlaceExperts(_message.Message):
+    __slots__ = ("layer", "ranks")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    ranks: _containers.RepeatedCompositeFieldContainer[RankExperts]
+    def __init__(self, layer: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankExperts, _Mapping]]] = ...) -> None: ...
+
+class RankExperts(_message.Message):
+    __slots__ = ("experts",)
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    experts: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, experts: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class MakePages(_message.Message):
     __slots__ = ("num_blocks",)

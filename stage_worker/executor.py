@@ -90,7 +90,7 @@ class StageExecutor:
         self.wire_dtype = loaded.wire_dtype  # of hidden states that come and go
         self._threads = loaded.threads
         self._adapters = loaded.adapters
-        self._routed = loaded.routed
+        self.experts = loaded.experts
         self._sampler = RowSampler(self._decoder.logits, self._decoder.greedy)
         # By whether its blocks are those from the end. Replaced, never changed: `num_sequences` is
         # asked by the event loop.
@@ -107,7 +107,7 @@ class StageExecutor:
         """A stage as `stage_worker.loading.load_stage` loads it, with its errors; warmed up."""
         executor = cls(load_stage(config, on_progress, group))
         warm_up(executor, config.span)
-        executor.forget_routing()
+        executor.experts.forget_routing()
         return executor
 
     @property
@@ -119,16 +119,6 @@ class StageExecutor:
     def num_sequences(self) -> int:
         """Of all pipelines."""
         return sum(len(tenancy.sequences) for tenancy in self._tenancies.values())
-
-    def routing(self) -> dict[int, list[int]]:
-        """Of layers with experts: how many tokens each was given. Any thread may ask."""
-        return {layer: counts.tolist() for layer, counts in self._routed.items()}
-
-    @torch.inference_mode()
-    def forget_routing(self) -> None:
-        """After steps that nobody asked for."""
-        for counts in self._routed.values():
-            counts.zero_()
 
     def join(
         self,

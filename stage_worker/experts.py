@@ -10,12 +10,13 @@ experts' order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from stage_worker.expert_placement import Placement, Turn, turns
 from stage_worker.linear import Linear
 
 Activation = Callable[[Tensor], Tensor]
@@ -82,14 +83,29 @@ class SparseMlp:
     def __init__(
         self,
         router: Router,
-        experts: Mapping[int, DenseMlp],
-        num_experts: int,
+        placement: Placement,
+        rank: int,
+        load: Callable[[int], DenseMlp],
         shared: SharedExpert | None,
     ) -> None:
+        """`load` makes an expert."""
         self._router = router
-        self._experts = experts
+        self._experts: dict[int, DenseMlp] = {}
+        self._turns: dict[int, Turn] = {}
         self._shared = shared
+        num_experts = len({expert for held in placement for expert in held})
         self.tokens_routed = torch.zeros(num_experts, dtype=torch.int64)
+        self.hold(placement, rank, load)
+
+    def hold(self, placement: Placement, rank: int, load: Callable[[int], DenseMlp]) -> None:
+        """From now on this rank has its experts of `placement`; `load` makes those that it lacks.
+        Where that fails all is as it was."""
+        wanted = turns(placement, rank)
+        self._experts = {
+            expert: self._experts[expert] if expert in self._experts else load(expert)
+            for expert in wanted
+        }
+        self._turns = wanted
 
     def __call__(self, x: Tensor, activation: Activation) -> Tensor:
         """[T, E] -> [T, E]"""
@@ -102,13 +118,16 @@ class SparseMlp:
 
     def _groups(self, chosen: Tensor, weights: Tensor) -> list[tuple[int, Tensor, Tensor]]:
         """(expert, its tokens [n], their weights [n, 1]) of every expert here that has any, in
-        order."""
+        order: those that are this rank's to take."""
         order = chosen.flatten().argsort(stable=True)
         counts = torch.bincount(chosen.flatten(), minlength=len(self.tokens_routed))
         self.tokens_routed += counts
         sizes = counts.tolist()
         tokens = torch.split(order // chosen.shape[1], sizes)
         shares = torch.split(weights.flatten()[order].unsqueeze(1), sizes)
-        return [
-            (expert, tokens[expert], shares[expert]) for expert in self._experts if sizes[expert]
-        ]
+        found = []
+        for expert, turn in self._turns.items():
+            if sizes[expert] > turn.first:
+                own = slice(turn.first, None, turn.num_holders)
+                found.append((expert, tokens[expert][own], shares[expert][own]))
+        return found

@@ -84,6 +84,10 @@ class Follower:
             return bytes_of_blocks(self._held().cache, command.read_blocks.places)
         elif kind == "write_blocks":
             blocks_from_bytes(self._held().cache, command.write_blocks.places, payload)
+        elif kind == "place_experts":
+            placed = command.place_experts
+            placement = tuple(tuple(rank.experts) for rank in placed.ranks)
+            self._held().experts.place(placed.layer, placement)
         else:
             raise AssertionError(f"unknown command {kind}")
         return bytearray()
@@ -125,4 +129,5 @@ def _config(load: ranks_pb2.LoadShard) -> ExecutorConfig:
         lone_threads=load.lone_threads,
         adapters={identity: Path(path) for identity, path in load.adapters.items()},
         expert_parallel=load.expert_parallel,
+        redundant_experts=load.redundant_experts,
     )

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from stage_worker.adapter_loading import AdapterLoader
 from stage_worker.block_ranges import PipelineBlocks
@@ -35,8 +34,9 @@ from stage_worker.memory import trim
 from stage_worker.packed_kv_cache import PackedKvCache
 from stage_worker.payload import resolve_wire_dtype
 from stage_worker.sharding import Shards, check_divides
+from stage_worker.stage_experts import StageExperts
 from stage_worker.thread_counts import ThreadCounts
-from stage_worker.weights import StageWeights, WeightLoader, routed_tokens
+from stage_worker.weights import StageWeights, WeightLoader
 from stagemesh.errors import ConfigError
 from stagemesh.model_spec import ModelSpec
 from stagemesh.plan import Span
@@ -49,7 +49,8 @@ class ExecutorConfig:
     `num_blocks` where given, else what fits the memory. The log has as many blocks where
     `max_log_memory_bytes` is None and the host has room; 0 is for no log. `lone_threads`: of steps
     that are alone in their pipeline; 0: as of all steps. `adapters`: directories by identity.
-    `expert_parallel`: ranks have whole experts, instead of a part of each.
+    `expert_parallel`: ranks have whole experts, instead of a part of each, and each of them
+    `redundant_experts` more than its share.
     """
 
     model_dir: Path
@@ -66,6 +67,7 @@ class ExecutorConfig:
     lone_threads: int = 0
     kv_dtype: str = "auto"
     expert_parallel: bool = False
+    redundant_experts: int = 0
     adapters: Mapping[str, Path] = field(default_factory=dict)
 
 
@@ -111,11 +113,15 @@ class LoadedWeights:
     device: torch.device
     started_ns: int
 
+    def expert_loader(self) -> WeightLoader:
+        """Reads whole experts, once the rest is loaded."""
+        config = self.config
+        numerics = Numerics(self.dtype, self.device, config.quantization, config.batch_invariant)
+        return WeightLoader(config.model_dir, self.shards.spec, numerics)
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedStage:
-    """`routed` counts the tokens of each expert, [N], of the layers that have experts."""
-
     spec: ModelSpec
     span: Span
     decoding: Decoding
@@ -124,7 +130,7 @@ class LoadedStage:
     facts: ExecutorFacts
     wire_dtype: str
     threads: ThreadCounts
-    routed: Mapping[int, Tensor]
+    experts: StageExperts
     group: Group
     adapters: StageAdapters
 
@@ -160,7 +166,7 @@ def load_weights(
         raise ConfigError(f"block_size must be at least 1, not {config.block_size_tokens}")
     spec = ModelSpec.from_directory(config.model_dir)
     check_divides(spec, group.size, config.expert_parallel)
-    shards = Shards(spec, group.rank, group.size, config.expert_parallel)
+    shards = Shards(spec, group.rank, group.size, config.expert_parallel, config.redundant_experts)
     device = find_device(config.device)
     dtype_name = resolve_dtype(config.dtype, spec, device)
     dtype = TORCH_DTYPES[dtype_name]
@@ -226,7 +232,7 @@ def make_stage(loaded: LoadedWeights, num_blocks: int | None = None) -> LoadedSt
     )
     wire_dtype = resolve_wire_dtype(config.wire_dtype, dtype)
     threads = ThreadCounts(config.lone_threads)
-    routed = routed_tokens(weights, config.span)
+    experts = StageExperts(weights, config.span, shards.expert_rank, loaded.expert_loader)
     return LoadedStage(
         spec,
         config.span,
@@ -236,7 +242,7 @@ def make_stage(loaded: LoadedWeights, num_blocks: int | None = None) -> LoadedSt
         facts,
         wire_dtype,
         threads,
-        routed,
+        experts,
         group,
         loaded.adapters,
     )

@@ -108,6 +108,13 @@ class WorkerOptions:
         help="ranks have whole experts of a mixture instead of a part of each; what else there is "
         "in a layer they share as ever",
     )
+    redundant_experts: int = option(
+        0,
+        help="experts that each rank has beyond its share, with --expert-parallel: those that the "
+        "routers favour come to be on several ranks",
+        minimum=0,
+        maximum=1024,
+    )
     rank_transport: str = option(
         "auto",
         help="how ranks exchange what they computed; auto: through memory where the processor "
@@ -141,6 +148,15 @@ class WorkerOptions:
             )
         if self.tensor_parallel > 1:
             shares_memory(self.rank_transport)
+        if self.redundant_experts and not (self.expert_parallel and self.tensor_parallel > 1):
+            raise ConfigError(
+                "--redundant-experts needs --expert-parallel and --tensor-parallel above 1"
+            )
+        if self.batch_invariant and self.redundant_experts:
+            raise ConfigError(
+                "--redundant-experts has the order of sums follow the load, which "
+                "--batch-invariant rules out"
+            )
         if self.batch_invariant and self.lone_threads:
             raise ConfigError(
                 "--lone-threads makes numbers depend on what else is under way, which "

@@ -13,6 +13,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import structlog
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from stage_worker import rank_link
 from stage_worker.block_ranges import BlockRange, PipelineBlocks
 from stage_worker.collectives import Group
 from stage_worker.executor import StageExecutor, StageOutput
+from stage_worker.expert_placement import Placement, PlacementBalance
 from stage_worker.loading import ExecutorConfig, ExecutorFacts, load_weights, make_stage
 from stage_worker.pages import PageStore
 from stage_worker.rank_link import Payload
@@ -35,6 +37,8 @@ from stagemesh.plan import Step
 
 _OUTCOME_TIMEOUT_S = 5.0
 
+log = structlog.get_logger()
+
 
 class RankedStage:
     """`load` makes it."""
@@ -44,6 +48,9 @@ class RankedStage:
     ) -> None:
         self._own = own
         self._others = others
+        # Every rank sees all tokens and chooses the same experts: what this one counts is true.
+        self.experts = own.experts
+        self._balance: PlacementBalance | None = None
         self.spec: ModelSpec = own.spec
         self.wire_dtype = own.wire_dtype
         self.pages = PageStore(RankedBlocks(own, others, group.size), own.log)
@@ -78,16 +85,16 @@ class RankedStage:
         others.ask(ranks_pb2.RankCommand(make_pages=make_pages))
         stage = cls(own, others, group, weight_bytes)
         warm_up(stage, config.span)
-        own.forget_routing()
+        own.experts.forget_routing()
+        if config.redundant_experts and own.spec.moe is not None:
+            stage._balance = PlacementBalance(
+                own.spec.moe.num_experts, group.size, config.redundant_experts
+            )
         return stage
 
     @property
     def num_sequences(self) -> int:
         return self._own.num_sequences
-
-    def routing(self) -> dict[int, list[int]]:
-        """As StageExecutor.routing: every rank sees all tokens, and chooses the same experts."""
-        return self._own.routing()
 
     def join(
         self,
@@ -122,6 +129,10 @@ class RankedStage:
 
     def execute(self, step: Step, payload: Payload, payload_dtype: str) -> StageOutput:
         """As StageExecutor.execute."""
+        if self._balance is not None and self._balance.count_step():
+            change = self._balance.change(self.experts.routing())
+            if change is not None:
+                self._place(*change)
         command = ranks_pb2.RankCommand()
         wire_steps.write_step(command.step.step, step)
         command.step.payload_dtype = payload_dtype
@@ -131,6 +142,21 @@ class RankedStage:
         except Exception as error:
             self._others.check_failed_too(error)
             raise
+
+    def _place(self, layer: int, placement: Placement) -> None:
+        """Between two steps. Ranks that differ in what they have would compute nonsense: where one
+        cannot, all are ended."""
+        place = ranks_pb2.PlaceExperts(layer=layer)
+        for experts in placement:
+            place.ranks.add(experts=experts)
+        self._others.tell(ranks_pb2.RankCommand(place_experts=place))
+        try:
+            self.experts.place(layer, placement)
+            self._others.answers()
+        except Exception as error:
+            self._others.end_all()
+            raise InternalError(f"experts could not be placed anew: {error!r}") from error
+        log.info("experts are placed anew", layer=layer)
 
 
 class OtherRanks:
@@ -160,6 +186,10 @@ class OtherRanks:
         self.tell(command)
         return self.answers()
 
+    def end_all(self) -> None:
+        """And so the worker: it watches them."""
+        self._ranks.kill_processes()
+
     def check_failed_too(self, error: Exception) -> None:
         """Ends all ranks, and so the worker, unless each has found fault with the step."""
         for link in self._ranks.links:
@@ -172,7 +202,7 @@ class OtherRanks:
         finally:
             for link in self._ranks.links:
                 link.settimeout(None)
-        self._ranks.kill_processes()
+        self.end_all()
         raise InternalError(f"one rank failed and others did not: {error!r}") from error
 
 
@@ -232,4 +262,5 @@ def _load_message(config: ExecutorConfig) -> ranks_pb2.LoadShard:
         lone_threads=config.lone_threads,
         adapters={identity: str(path) for identity, path in config.adapters.items()},
         expert_parallel=config.expert_parallel,
+        redundant_experts=config.redundant_experts,
     )

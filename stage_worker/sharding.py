@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from stage_worker.expert_placement import Placement, first_placement
 from stagemesh.errors import ConfigError, UnsupportedModel
 from stagemesh.model_spec import ModelSpec
 
@@ -74,14 +75,16 @@ EVERYTHING = Part(ALL, ALL)
 class Shards:
     """What rank `rank` of `size` has of a model. The group of one has everything.
 
-    With `whole_experts` the experts of a mixture are spread over the ranks (expert parallelism);
-    else each of them is split as other layers are.
+    With `whole_experts` the experts of a mixture are spread over the ranks (expert parallelism),
+    and each rank has `redundant_experts` more than its share, at first; else each expert is split
+    as other layers are.
     """
 
     spec: ModelSpec
     rank: int = 0
     size: int = 1
     whole_experts: bool = False
+    redundant_experts: int = 0
 
     def part(self, name: str, shape: tuple[int, ...]) -> Part | None:
         """Of the weight or bias `name`, [outputs, inputs] or [outputs]; None where other ranks
@@ -90,7 +93,7 @@ class Shards:
             return EVERYTHING
         expert = _expert_of(name)
         if self.whole_experts and expert is not None:
-            return EVERYTHING if expert in self.experts else None
+            return EVERYTHING if expert in self.placement[self.expert_rank] else None
         module, kind = name.split(".")[-2:]
         split = SPLITS.get(module)
         if split is None or (split is Split.EACH_HEAD and shape != (self.spec.head_dim,)):
@@ -125,12 +128,17 @@ class Shards:
         return found
 
     @property
-    def experts(self) -> range:
-        """Those that this rank computes, its part of each or the whole; of every sparse layer."""
+    def placement(self) -> Placement:
+        """The experts that each rank computes at first, its part of each or the whole."""
         num_experts = self.spec.moe.num_experts if self.spec.moe else 0
-        return (
-            _share(num_experts, self.rank, self.size) if self.whole_experts else range(num_experts)
-        )
+        if not self.whole_experts:
+            return (tuple(range(num_experts)),)
+        return first_placement(num_experts, self.size, self.redundant_experts)
+
+    @property
+    def expert_rank(self) -> int:
+        """Of this rank in `placement`."""
+        return self.rank if self.whole_experts else 0
 
     @property
     def vocabulary(self) -> range:

@@ -184,6 +184,7 @@ def _config(
         lone_threads=options.lone_threads,
         kv_dtype=options.kv_dtype,
         expert_parallel=options.expert_parallel,
+        redundant_experts=options.redundant_experts,
         adapters=adapters,
     )
 

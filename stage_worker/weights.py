@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -151,26 +152,31 @@ class WeightLoader:
         )
 
     def _experts(self, layer: int) -> SparseMlp:
-        moe = self._spec.moe
+        moe, shards = self._spec.moe, self._shards
         assert moe is not None
-        module, names = moe_names(self._spec)
-
-        def mlp(name: str) -> DenseMlp:
-            gate, up, down = (tensor_name(layer, f"{module}.{name}.{x}") for x in names)
-            part = f"layer.{layer}"
-            return DenseMlp(self._linear(part, gate, up), self._linear(part, down))
-
+        module, _ = moe_names(self._spec)
         shared = None
         if moe.shared_size:
             gate = self._plain(tensor_name(layer, f"{module}.shared_expert_gate"))
-            shared = SharedExpert(mlp("shared_expert"), gate)
+            shared = SharedExpert(self._mlp_of(layer, "shared_expert"), gate)
         scores = self._plain(tensor_name(layer, f"{module}.gate"))
-        return SparseMlp(
-            Router(scores, moe.num_chosen, moe.renormalised),
-            {i: mlp(f"experts.{i}") for i in self._shards.experts},
-            moe.num_experts,
-            shared,
-        )
+        router = Router(scores, moe.num_chosen, moe.renormalised)
+        load = partial(self.expert, layer)
+        return SparseMlp(router, shards.placement, shards.expert_rank, load, shared)
+
+    def expert(self, layer: int, number: int) -> DenseMlp:
+        """One of a layer's mixture; errors as `part_bytes`."""
+        return self._mlp_of(layer, f"experts.{number}")
+
+    def close(self) -> None:
+        self._files.close()
+
+    def _mlp_of(self, layer: int, name: str) -> DenseMlp:
+        """Of a layer's mixture of experts: the one of that name."""
+        module, names = moe_names(self._spec)
+        gate, up, down = (tensor_name(layer, f"{module}.{name}.{each}") for each in names)
+        part = f"layer.{layer}"
+        return DenseMlp(self._linear(part, gate, up), self._linear(part, down))
 
     def _linear(self, part: str, *names: str) -> Linear:
         biases = [name.removesuffix("weight") + "bias" for name in names]
@@ -232,12 +238,3 @@ class WeightLoader:
         assert part is not None
         view = self._files.view(name, shape)
         return view[part.rows] if len(shape) == 1 else view[part.rows, part.columns]
-
-
-def routed_tokens(weights: StageWeights, span: Span) -> dict[int, Tensor]:
-    """What is counted of the experts of the span's layers, by layer."""
-    return {
-        span.start + i: layer.mlp.tokens_routed
-        for i, layer in enumerate(weights.layers)
-        if isinstance(layer.mlp, SparseMlp)
-    }

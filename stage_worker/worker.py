@@ -128,7 +128,7 @@ class Worker:
             self._parts.device.num_unfinished,
             num_sequences,
             self._parts.holder.available_bytes(),
-            held.executor.routing() if held else {},
+            held.executor.experts.routing() if held else {},
         )
 
     def attached(self, welcome: mesh_pb2.WelcomeWorker) -> None:

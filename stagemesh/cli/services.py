@@ -61,6 +61,7 @@ def worker(options: UpOptions, scheduler_address: str, index: int, port: int) ->
         "--worker-id": f"worker-{index}",
         "--tensor-parallel": ranks if ranks > 1 else None,
         "--expert-parallel": options.expert_parallel,
+        "--redundant-experts": options.redundant_experts if ranks > 1 else None,
         "--layers": layers,
         "--listen": f"127.0.0.1:{port}",
         "--device": options.device,

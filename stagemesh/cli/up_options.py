@@ -51,6 +51,12 @@ class UpOptions:
     expert_parallel: bool | None = option(
         None, help="these ranks have whole experts of a mixture instead of a part of each"
     )
+    redundant_experts: int | None = option(
+        None,
+        help="experts that each rank has beyond its share: those that the routers favour",
+        minimum=0,
+        maximum=1024,
+    )
     adapters: tuple[str, ...] = option(
         (),
         flag="adapter",

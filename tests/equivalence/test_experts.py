@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from support.stages import Chain, Wish
 from support.thread_ranks import ranked_chain
 
 from stage_worker import fbgemm
+from stage_worker.expert_placement import place
 from stage_worker.quantise_checkpoint import quantise_checkpoint
 from stage_worker.sharding import check_divides
 from stagemesh.errors import ConfigError
@@ -61,7 +63,7 @@ def test_32_at_once(checkpoint: tuple[Any, Path]) -> None:
     chain = Chain(path, 3, num_blocks=512)
     for live in chain.run(wishes(32), max_rows=32):
         assert sampled(live) == greedy_tokens(reference, live)
-    routing = {layer: n for stage in chain.stages for layer, n in stage.routing().items()}
+    routing = {layer: n for stage in chain.stages for layer, n in stage.experts.routing().items()}
     assert sorted(routing) == [0, 2, 3, 4]  # layer 1 has none
     num_tokens = sum(len(wish.prompt) + NUM_TOKENS - 1 for wish in wishes(32))
     for counts in routing.values():
@@ -70,24 +72,30 @@ def test_32_at_once(checkpoint: tuple[Any, Path]) -> None:
         assert all(counts)
 
 
-def test_all_tokens_to_two_experts(tmp_path: Path) -> None:
-    """Skew costs balance and nothing else."""
+def skewed_model(directory: Path) -> tuple[Any, Path]:
+    """All tokens go to experts 1 and 2 of every layer."""
     skewed = replace(MODEL, config={**MODEL.config, "num_experts_per_tok": 1})
-    reference = tiny_model(skewed, tmp_path)
+    reference = tiny_model(skewed, directory)
     with torch.no_grad():
         for layer in reference.model.layers:
             if hasattr(layer.mlp, "experts"):
                 # One of the two scores is positive, whatever the token is, and all others are zero.
                 scores = layer.mlp.gate.weight
-                scores[[0, 2, 3, 5]] = 0.0
-                scores[4] = -scores[1]
-    reference.save_pretrained(tmp_path / MODEL.name)
+                scores[[0, 3, 4, 5]] = 0.0
+                scores[2] = -scores[1]
+    reference.save_pretrained(directory / MODEL.name)
+    return reference, directory / MODEL.name
+
+
+def test_all_tokens_to_two_experts(tmp_path: Path) -> None:
+    """Skew costs balance and nothing else."""
+    reference, _ = skewed_model(tmp_path)
     chain = Chain(tmp_path / MODEL.name, 2, num_blocks=512)
     for live in chain.run(wishes(8), max_rows=8):
         assert sampled(live) == greedy_tokens(reference, live)
     for stage in chain.stages:
-        for counts in stage.routing().values():
-            assert [expert for expert, tokens in enumerate(counts) if tokens] == [1, 4]
+        for counts in stage.experts.routing().values():
+            assert [expert for expert, tokens in enumerate(counts) if tokens] == [1, 2]
 
 
 @pytest.mark.parametrize("sizes", [(4,), (2, 1)])
@@ -100,6 +108,46 @@ def test_experts_spread_over_ranks(sizes: tuple[int, ...], checkpoint: tuple[Any
         weights = [rank.facts.weight_bytes for rank in chain.stages[0].ranks]
     assert weights == sorted(weights, reverse=True)
     assert (weights[0] > weights[-1]) == (sizes == (4,))
+
+
+def test_experts_that_move_while_requests_run(checkpoint: tuple[Any, Path]) -> None:
+    """Another placement now and then: on other ranks, on several, and back."""
+    reference, path = checkpoint
+    counts = ([9, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 9], [0, 5, 0, 0, 7, 0], [1] * 6)
+    placements = itertools.cycle(place(tokens, 4, 1) for tokens in counts)
+    with ranked_chain(path, (4,), expert_parallel=True, redundant_experts=1) as chain:
+        (stage,) = chain.stages
+        execute, num_steps = stage.execute, itertools.count()
+
+        def execute_and_place(*step: Any) -> Any:
+            if next(num_steps) % 8 == 5:
+                placement = next(placements)
+                for rank in stage.ranks:
+                    rank.experts.place(2, placement)
+            return execute(*step)
+
+        stage.execute = execute_and_place
+        for live in chain.run(wishes(6), chunk=7, max_rows=4):
+            assert sampled(live) == greedy_tokens(reference, live)
+        assert next(num_steps) > 16
+
+
+def test_busy_experts_come_to_be_on_several_ranks(tmp_path: Path) -> None:
+    """Of processes: the mesh moves them by itself, and nobody notices."""
+    path = skewed_model(tmp_path)[1]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (path / name).write_bytes((DEMO_MODEL / name).read_bytes())
+    options = ("--tensor-parallel", "2", "--expert-parallel", "--redundant-experts", "1")
+    requests = [greedy_request(wish.prompt, 40, ignore_eos=True) for wish in wishes(8)]
+    with running_mesh(path, stages=1) as mesh:
+        expected = [output.token_ids for output in mesh.generate_all(requests)]
+    with running_mesh(path, *options, stages=1) as mesh:
+        for _ in range(20):
+            found = [output.token_ids for output in mesh.generate_all(requests)]
+            assert found == expected
+            if mesh.log.read_text().count("experts are placed anew") >= 2:
+                break
+        assert mesh.log.read_text().count("experts are placed anew") >= 2
 
 
 def test_too_few_experts_for_the_ranks(checkpoint: tuple[Any, Path]) -> None:

@@ -25,7 +25,7 @@ def mix(*numbers: int) -> int:
 
 
 def embed(token_id: int, position: int, rope_length: int, adapter: int) -> int:
-    return mix(11, token_id, position, rope_length, adapter)
+    return mix(11, token_id, position, rope_length, *([adapter] if adapter else []))
 
 
 def key_value(layer: int, hidden: int | None, position: int) -> int | None:

@@ -160,6 +160,7 @@ class Chain:
         load: Callable[[ExecutorConfig], StageExecutor] = _load,
         adapters: Mapping[str, Path] | None = None,
         expert_parallel: bool = False,
+        redundant_experts: int = 0,
     ) -> None:
         self.pipeline_id = pipeline_id
         num_layers = ModelSpec.from_directory(model_dir).num_layers
@@ -180,6 +181,7 @@ class Chain:
                 kv_dtype=kv_dtype,
                 adapters=adapters or {},
                 expert_parallel=expert_parallel,
+                redundant_experts=redundant_experts,
             )
             for span in even_spans(num_layers, num_stages)
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,4 +57,4 @@ def test_up_gives_a_lone_step_all_cores(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_lone_threads_and_batch_invariance_exclude_each_other() -> None:
     with pytest.raises(ConfigError, match="lone-threads"):
-        WorkerOptions(model="m", lone_threads=2, batch_invariant=True)  # type: ignore[arg-type]
+        WorkerOptions(model=Path("m"), lone_threads=2, batch_invariant=True)
