@@ -72,7 +72,7 @@ class RightAnswer:
         spec: SamplingSpec,
         total_length: int,
         dynamic_rope: int,
-        adapter: str,
+        adapter: str = "",
     ) -> None:
         self._spec = spec
         self._num_prompt = len(prompt)
