@@ -32,7 +32,7 @@ def place(tokens: Sequence[float], num_ranks: int, num_redundant: int) -> Placem
     do: another copy is not always a gain, since a rank cannot have two of one expert.
     """
     num_experts = len(tokens)
-    num_places = min(num_experts, -(-num_experts // num_ranks) + num_redundant)
+    num_places = _places_of_a_rank(num_experts, num_ranks, num_redundant)
     holders = [1] * num_experts
     best = _packed(tokens, holders, num_ranks, num_places)
     for _ in range(num_ranks * num_places - num_experts):
@@ -69,23 +69,32 @@ def _packed(
 def first_placement(num_experts: int, num_ranks: int, num_redundant: int) -> Placement:
     """While nothing is known of the router: in order, in parts that differ by one at most; then the
     next experts in the places that are left over."""
+    num_places = _places_of_a_rank(num_experts, num_ranks, num_redundant)
     small, num_large = divmod(num_experts, num_ranks)
     placement, start = [], 0
     for rank in range(num_ranks):
         own = small + (rank < num_large)
-        wanted = min(num_experts, -(-num_experts // num_ranks) + num_redundant)
-        num_held = wanted if num_redundant else own
+        num_held = num_places if num_redundant else own
         held = {(start + i) % num_experts for i in range(num_held)}
         placement.append(tuple(sorted(held)))
         start += own
     return tuple(placement)
 
 
+def _places_of_a_rank(num_experts: int, num_ranks: int, num_redundant: int) -> int:
+    return min(num_experts, -(-num_experts // num_ranks) + num_redundant)
+
+
+def _holders(placement: Placement, expert: int) -> list[int]:
+    """The ranks that have it."""
+    return [rank for rank, experts in enumerate(placement) if expert in experts]
+
+
 def turns(placement: Placement, rank: int) -> dict[int, Turn]:
     """Of each expert that the rank has."""
     found = {}
     for expert in placement[rank]:
-        holders = [r for r, experts in enumerate(placement) if expert in experts]
+        holders = _holders(placement, expert)
         found[expert] = Turn(holders.index(rank), len(holders))
     return found
 
@@ -94,7 +103,7 @@ def peak(placement: Placement, tokens: Sequence[float]) -> float:
     """What the busiest rank has to do: tokens of its experts, as far as they are its to take."""
     shares = [0.0] * len(placement)
     for expert, num_tokens in enumerate(tokens):
-        holders = [r for r, experts in enumerate(placement) if expert in experts]
+        holders = _holders(placement, expert)
         for rank in holders:
             shares[rank] += num_tokens / len(holders)
     return max(shares)

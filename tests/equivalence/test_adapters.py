@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.adapters import TinyAdapter, merged, tiny_adapter
 from support.checkpoints import SIZES, TinyModel, prompts, reference_logprobs, tiny_model
+from support.greedy import check_greedy
 from support.stages import Chain, Live, Wish
 from support.thread_ranks import ranked_chain
 
@@ -111,17 +112,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def check(case: Case, live: Live) -> None:
-    """Teacher-forced, as in test_families_against_transformers."""
-    reference = case.references[live.wish.adapter]
-    expected = reference_logprobs(reference, live.tokens)[len(live.wish.prompt) - 1 : -1]
-    top = expected.topk(2, dim=-1)
-    ids = torch.tensor([token.token_id for token in live.sampled])
-    logprobs = torch.tensor([token.logprob for token in live.sampled])
-    noise = float((logprobs - expected.gather(1, ids[:, None])[:, 0]).abs().max())
-    margin = float((top.values[:, 0] - top.values[:, 1]).min())
-    assert noise < 1e-4
-    assert margin >= MIN_MARGIN_OVER_NOISE * noise, f"margin {margin}, noise {noise}: other seed"
-    assert ids.tolist() == top.indices[:, 0].tolist()
+    check_greedy(case.references[live.wish.adapter], live, MIN_MARGIN_OVER_NOISE)
 
 
 @pytest.mark.parametrize("num_stages", [1, 3])
