@@ -38,11 +38,13 @@ async def _serve(leaving: Leaving, options: WorkerOptions, on_ready: OnReady) ->
 
 
 def _set_threads(num_threads: int, num_ranks: int) -> None:
-    """OpenMP reads these once, when torch is imported: which is later, here and in other ranks."""
+    """OpenMP reads these once, when torch is imported: usually later, here and in other ranks."""
     # Threads that wait must not spin on cores that another process could use.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if num_threads:
         os.environ["OMP_NUM_THREADS"] = str(num_threads)
+        if (torch := sys.modules.get("torch")) is not None:  # forked from a template
+            torch.set_num_threads(num_threads)
     elif num_ranks > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_ranks)))
 

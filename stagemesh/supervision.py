@@ -25,10 +25,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Supervisor:
-    """The supervisor as its child sees it."""
+    """The supervisor as its child sees it. `link` ends when it does."""
 
     def __init__(self, link: socket.socket) -> None:
-        self._link = link
+        self.link = link
 
     @classmethod
     def from_environment(cls, environ: MutableMapping[str, str]) -> Supervisor | None:
@@ -54,11 +54,11 @@ class Supervisor:
 
     def _send(self, message: Mapping[str, object]) -> None:
         with contextlib.suppress(OSError):  # gone: the watcher sees to that
-            self._link.sendall(json.dumps(message).encode() + b"\n")
+            self.link.sendall(json.dumps(message).encode() + b"\n")
 
     def _watch(self) -> None:
         with contextlib.suppress(OSError):
-            while self._link.recv(4096):
+            while self.link.recv(4096):
                 pass
         # Not SIGTERM, after which a worker would look for a successor first.
         os.kill(os.getpid(), signal.SIGINT)

@@ -13,10 +13,10 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from io import RawIOBase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from stagemesh.cli.log_lines import LogLine
 from stagemesh.errors import PeerLost, StageMeshError, from_code
@@ -26,6 +26,37 @@ TAIL_LINES = 10
 _CHUNK_BYTES = 65536
 
 OnLine = Callable[[str, str], None]
+
+
+class Process(Protocol):
+    """What there is to know of a process that was started; a session of its own."""
+
+    @property
+    def pid(self) -> int: ...
+    @property
+    def returncode(self) -> int | None: ...
+    def send_signal(self, number: int, /) -> None: ...
+    async def wait(self) -> int: ...
+
+
+# Of a command, its environment, its end of the link, and where its output goes.
+Starter = Callable[[Sequence[str], Mapping[str, str], int, int], Awaitable[Process]]
+
+
+async def execute(
+    command: Sequence[str], environ: Mapping[str, str], link: int, output: int
+) -> Process:
+    """Raises OSError where the host cannot start it."""
+    return await asyncio.create_subprocess_exec(
+        *command,
+        env={**environ, FD_VARIABLE: str(link)},
+        pass_fds=[link],
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        # A Ctrl-C at the terminal is ours to handle; the child is told by us.
+        start_new_session=True,
+    )
 
 
 class Child:
@@ -38,7 +69,7 @@ class Child:
         self,
         role: str,
         name: str,
-        process: asyncio.subprocess.Process,
+        process: Process,
         *,
         link: socket.socket,
         output: BinaryIO,
@@ -56,23 +87,19 @@ class Child:
 
     @classmethod
     async def start(
-        cls, role: str, name: str, command: Sequence[str], environ: Mapping[str, str]
+        cls,
+        role: str,
+        name: str,
+        command: Sequence[str],
+        environ: Mapping[str, str],
+        starter: Starter = execute,
     ) -> Child:
         """Raises OSError where the host cannot start it."""
         link, childs_link = socket.socketpair()
         output_fd, childs_output_fd = os.pipe()
         output = os.fdopen(output_fd, "rb", buffering=0)
         try:
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                env={**environ, FD_VARIABLE: str(childs_link.fileno())},
-                pass_fds=[childs_link.fileno()],
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=childs_output_fd,
-                stderr=childs_output_fd,
-                # A Ctrl-C at the terminal is ours to handle; the child is told by us.
-                start_new_session=True,
-            )
+            process = await starter(command, environ, childs_link.fileno(), childs_output_fd)
         except OSError:
             link.close()
             output.close()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from stagemesh.cli.child import Child
+from stagemesh.cli.child import Child, Starter, execute
 from stagemesh.cli.services import Service
 from stagemesh.errors import StageMeshError
 
@@ -50,8 +50,15 @@ class Keeper:
 
     child: Child
 
-    def __init__(self, service: Service, view: KeeperView, log_dir: Path | None) -> None:
+    def __init__(
+        self,
+        service: Service,
+        view: KeeperView,
+        log_dir: Path | None,
+        starter: Starter = execute,
+    ) -> None:
         self.service = service
+        self._starter = starter
         self._view = view
         self._log = log_dir / f"{service.name}.log" if log_dir else None
         self._pause = RestartPause()
@@ -74,7 +81,9 @@ class Keeper:
 
     async def _begin(self) -> None:
         service = self.service
-        self.child = await Child.start(service.role, service.name, service.command, service.environ)
+        self.child = await Child.start(
+            service.role, service.name, service.command, service.environ, self._starter
+        )
 
     async def _begin_again(self, stop: asyncio.Event) -> bool:
         """After a pause, and again where the host has no room for a process now."""

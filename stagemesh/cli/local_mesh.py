@@ -25,6 +25,7 @@ from stagemesh.cli.keeper import Keeper, KeeperView
 from stagemesh.cli.mesh_facts import Endpoints, ProcessFacts, dialled
 from stagemesh.cli.services import Service, gateway, scheduler, worker
 from stagemesh.cli.up_options import UpOptions
+from stagemesh.cli.worker_template import WorkerTemplate
 from stagemesh.errors import StageMeshError
 from stagemesh.rpc import make_channel
 
@@ -49,6 +50,7 @@ class LocalMesh:
         self._options = options
         self._view = view
         self._ports = HeldPorts()
+        self._template = WorkerTemplate()
         self._keepers: list[Keeper] = []
         self._keeping = asyncio.TaskGroup()
         self._failed: asyncio.Future[StageMeshError] = asyncio.get_running_loop().create_future()
@@ -110,6 +112,9 @@ class LocalMesh:
         options = self._options
         if options.restart:
             options = self._ports.hold_fronts(options)
+        if options.restart or options.num_workers > 1:
+            of_workers = worker(options, "", 0, 0).environ
+            await self._template.begin(of_workers, self._view.on_line)
         first = await self._start(scheduler(options))
         scheduler_address = dialled((await first.child.wait_ready())["address"])
         services = [gateway(options, scheduler_address)]
@@ -133,7 +138,7 @@ class LocalMesh:
         return self._ports.hold("127.0.0.1") if self._options.restart else 0
 
     async def _start(self, service: Service) -> Keeper:
-        keeper = Keeper(service, self._view, self._options.log_dir)
+        keeper = Keeper(service, self._view, self._options.log_dir, self._template.start)
         await keeper.start()
         self._keepers.append(keeper)
         self._keeping.create_task(keeper.run(self._was_last_life, self._stop_asked))
@@ -190,6 +195,7 @@ class LocalMesh:
         for keeper in self._keepers:
             keeper.child.kill_group()
         await asyncio.gather(*(keeper.child.wait_ended() for keeper in self._keepers))
+        await self._template.end()
 
     async def _end(self, role: str, number: signal.Signals, grace_s: float) -> None:
         children = [keeper.child for keeper in self._keepers if keeper.service.role == role]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
+import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +24,7 @@ import grpc
 from protos import mesh_pb2, mesh_pb2_grpc
 from protos import text_generation_pb2 as pb
 from protos import text_generation_pb2_grpc as pb_grpc
+from stagemesh.cli.worker_template import PATH_VARIABLE
 
 START_TIMEOUT_S = 120.0
 CALL_TIMEOUT_S = 120.0
@@ -149,7 +153,7 @@ def running_mesh(model: Path, *options: str, stages: int = 2, replicas: int = 1)
             *("--http-port", "0", "--scheduler-port", "0", "--ready-file", str(ready_file)),
             *options,
         ]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        env = {**template_environ(), PATH_VARIABLE: shared_template()}
         with log.open("wb") as sink:
             process = subprocess.Popen(
                 command,
@@ -174,6 +178,38 @@ def running_mesh(model: Path, *options: str, stages: int = 2, replicas: int = 1)
                 process.kill()
                 process.wait()
             sys.stdout.write(log.read_text()[-4000:])
+
+
+def template_environ() -> dict[str, str]:
+    """Of a mesh whose workers a shared template forks: what `up` would set by the number of stages
+    is set for all of them."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+    return {**environ, **threads, "GRPC_VERBOSITY": "ERROR"}
+
+
+@functools.cache
+def shared_template() -> str:
+    """Where a template listens that lives as long as these tests: torch is imported once, and not
+    in each of hundreds of workers."""
+    scratch = tempfile.mkdtemp(prefix="stagemesh-tests-")
+    path = Path(scratch, "template")
+    template = subprocess.Popen(
+        [sys.executable, "-m", "stage_worker.template", str(path)],
+        env=template_environ(),
+        preexec_fn=_end_with_the_tests,
+    )
+
+    def end() -> None:
+        template.kill()
+        template.wait()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+    atexit.register(end)
+    wait_until(
+        lambda: path.exists() or template.poll() is not None, START_TIMEOUT_S, "the template"
+    )
+    return str(path)
 
 
 def _end_with_the_tests() -> None:
