@@ -16,6 +16,7 @@ from stage_worker import rank_link
 from stage_worker.block_ranges import BlockRange, PipelineBlocks
 from stage_worker.collectives import Group
 from stage_worker.executor import StageExecutor
+from stage_worker.load_watch import LoadProgress
 from stage_worker.loading import ExecutorConfig, LoadedWeights, load_weights, make_stage
 from stage_worker.ranked_pages import blocks_from_bytes, bytes_of_blocks
 from stagemesh import wire, wire_steps
@@ -26,9 +27,10 @@ from stagemesh.quantization import parse_quantization
 class Follower:
     """Obeys the commands that come by `link`."""
 
-    def __init__(self, link: socket.socket, group: Group) -> None:
+    def __init__(self, link: socket.socket, group: Group, progress: LoadProgress) -> None:
         self._link = link
         self._group = group
+        self._progress = progress
         self._weights: LoadedWeights | None = None
         self._stage: StageExecutor | None = None
         self._outcome: StageMeshError | None = None  # of the last step
@@ -65,9 +67,7 @@ class Follower:
         """Returns the pages that were asked for. Raises StageMeshError."""
         kind = command.WhichOneof("command")
         if kind == "load":
-            self._weights = self._stage = None
-            gc.collect()  # what was held may hang in cycles, and its memory is wanted
-            self._weights = load_weights(_config(command.load), _ignore, self._group)
+            self._weights = self._load(command.load)
             reply.weight_bytes = self._weights.num_bytes
         elif kind == "make_pages":
             assert self._weights is not None
@@ -92,6 +92,16 @@ class Follower:
             raise AssertionError(f"unknown command {kind}")
         return bytearray()
 
+    def _load(self, load: ranks_pb2.LoadShard) -> LoadedWeights:
+        """In place of what was held."""
+        self._weights = self._stage = None
+        gc.collect()  # it may hang in cycles, and its memory is wanted
+        rank = self._group.rank
+        try:
+            return load_weights(_config(load), lambda *_: self._progress.advance(rank), self._group)
+        finally:
+            self._progress.end(rank)
+
     def _join(self, join: ranks_pb2.JoinPipeline) -> None:
         self._held().join(
             pipeline_id=join.pipeline_id,
@@ -105,10 +115,6 @@ class Follower:
         if self._stage is None:
             raise ProtocolError("no layers are loaded on this rank")
         return self._stage
-
-
-def _ignore(loaded_bytes: int, total_bytes: int) -> None:
-    pass
 
 
 def _range(message: ranks_pb2.BlockRange) -> BlockRange:

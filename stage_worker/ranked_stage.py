@@ -72,6 +72,8 @@ class RankedStage:
         """All ranks read at once; then this one says how many blocks all of them have. Errors as
         of `load_stage`, of whichever rank."""
         others = OtherRanks(ranks)
+        for rank in range(1, ranks.size):
+            ranks.load_progress.begin(rank)
         others.tell(ranks_pb2.RankCommand(load=_load_message(config)))
         try:
             weights = load_weights(config, on_progress, group)
