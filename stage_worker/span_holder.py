@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stage_worker.device_thread import DeviceThread
+from stage_worker.executor_config import ExecutorConfig, ExecutorFacts
 from stage_worker.host_memory import available_host_bytes
 from stage_worker.load_watch import LoadProgress
 from stage_worker.options import WorkerOptions
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from stage_worker.executor import StageExecutor
     from stage_worker.identity import FileStamps
     from stage_worker.linear_schemes import Numerics
-    from stage_worker.loading import ExecutorConfig, ExecutorFacts
     from stage_worker.ranked_stage import RankedStage
 
 PROGRESS_INTERVAL_NS = 100_000_000
@@ -176,8 +176,6 @@ def _numerics(options: WorkerOptions, dtype: str) -> Numerics:
 def _config(
     options: WorkerOptions, dtype: str, span: Span, adapters: Mapping[str, Path]
 ) -> ExecutorConfig:
-    from stage_worker.loading import ExecutorConfig
-
     return ExecutorConfig(
         model_dir=options.model,
         span=span,
