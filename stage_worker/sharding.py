@@ -11,6 +11,7 @@ before anything is read.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -177,7 +178,7 @@ class Shards:
         return _share(total, self.rank, self.size)
 
 
-def num_outputs(parts: list[Part], whole: int) -> int:
+def num_outputs(parts: Sequence[Part], whole: int) -> int:
     """Of these parts of a matrix that has `whole` outputs."""
     return sum(len(range(whole)[part.rows]) for part in parts)
 
