@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from stage_worker.executor import ExecutorConfig, StageExecutor
+from stage_worker.tenancy import Joining
 from stagemesh.model_spec import ModelSpec
 from stagemesh.plan import Span
 
@@ -28,9 +29,7 @@ def load(model_dir: Path, span: Span, num_blocks: int, **others: Any) -> StageEx
 def join(executor: StageExecutor, stage: int = 0, num_stages: int = 1) -> None:
     """With all its blocks, and without any sequence."""
     blocks = executor.facts.blocks_for(executor.facts.num_blocks)
-    executor.join(
-        pipeline_id=PIPELINE, stage=stage, num_stages=num_stages, blocks=blocks, keep_kv=False
-    )
+    executor.join(Joining(pipeline_id=PIPELINE, stage=stage, num_stages=num_stages, blocks=blocks))
 
 
 def load_pipeline(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,16 +22,14 @@ from stage_worker.adapter_config import AdapterConfig
 from stage_worker.checkpoint import STORED_DTYPES, open_safetensors
 from stage_worker.layout import Shape, layer_tensors
 from stage_worker.lora import SLOTS, Pair
-from stage_worker.sharding import Part
+from stage_worker.sharding import Part, num_outputs
 from stage_worker.weight_names import names_of
 from stagemesh.adapters import CONFIG
 from stagemesh.errors import CheckpointError, UnsupportedModel
 from stagemesh.model_spec import ModelSpec
-from stagemesh.plan import Span
 
 TENSORS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _SLICE_BYTES = 2**22
 
 
@@ -104,16 +101,19 @@ class AdapterFiles:
         self._headers = {name: self._header(name) for name in self._file.keys()}  # noqa: SIM118
         self._check()
 
-    def nbytes(self, span: Span, dtype: torch.dtype) -> int:
-        """What the span's matrices take in memory."""
-        wanted = (name for name in self._headers if _layer_of(name) in range(span.start, span.end))
-        numels = (torch.Size(self._headers[name].shape).numel() for name in wanted)
-        return dtype.itemsize * sum(numels)
+    def pair_bytes(self, module: str, dtype: torch.dtype, parts: Sequence[Part]) -> int:
+        """What `pair` of the same arguments takes in memory."""
+        a, b = (self._headers.get(_tensor(module, side)) for side in "AB")
+        if a is None or b is None:
+            return 0
+        rank, num_inputs = a.shape
+        num_numbers = len(range(num_inputs)[parts[0].columns]) + num_outputs(parts, b.shape[0])
+        return dtype.itemsize * rank * num_numbers
 
     def pair(self, module: str, dtype: torch.dtype, parts: Sequence[Part]) -> Pair | None:
         """The matrices of a module such as "model.layers.0.mlp.up_proj", the scaling in the second;
         None where the module is not adapted. `parts` of the module's own matrix are wanted, which
-        have the same inputs.
+        have the same inputs: views of the file are cut, and only what is left of them is read.
         """
         if _tensor(module, "A") not in self._headers:
             return None
@@ -174,9 +174,3 @@ class AdapterFiles:
 
 def _tensor(module: str, side: str) -> str:
     return f"{_PREFIX}{module}.lora_{side}.weight"
-
-
-def _layer_of(name: str) -> int:
-    match = _LAYER.match(name.removeprefix(_PREFIX))
-    assert match is not None, name  # checked when the file was opened
-    return int(match[1])

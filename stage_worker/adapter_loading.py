@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from stage_worker.adapter_files import AdapterFiles, slot_modules
+from stage_worker.adapter_files import AdapterFiles, adaptable, slot_modules
 from stage_worker.layout import Shape
 from stage_worker.lora import Adapter, SlotDelta, StageAdapters
-from stage_worker.sharding import Shards, num_outputs
+from stage_worker.sharding import Part, Shards, num_outputs
 from stagemesh.errors import ConfigError
 from stagemesh.model_spec import ModelSpec
 from stagemesh.plan import Span
@@ -38,7 +38,13 @@ class AdapterLoader:
         self._dtype = dtype
 
     def span_bytes(self, span: Span) -> int:
-        return sum(files.nbytes(span, self._dtype) for files in self._files.values())
+        """What `load` of the same span will take."""
+        return sum(
+            files.pair_bytes(module, self._dtype, self._parts(module, shape))
+            for files in self._files.values()
+            for layer in range(span.start, span.end)
+            for module, shape in adaptable(self._spec, layer).items()
+        )
 
     def load(
         self, span: Span, on_bytes: Callable[[int], None], *, one_by_one: bool
@@ -46,9 +52,11 @@ class AdapterLoader:
         """Closes the files; `on_bytes` is told of memory as it is filled."""
         adapters: dict[str, Adapter] = {}
         for identity, files in self._files.items():
-            layers = (self._layer(files, i) for i in range(span.start, span.end))
+            layers = []
+            for layer in range(span.start, span.end):
+                layers.append(self._layer(files, layer))
+                on_bytes(sum(delta.nbytes for delta in layers[-1].values()))
             adapters[identity] = Adapter(tuple(layers))
-            on_bytes(adapters[identity].nbytes)
         self._files = {}
         return StageAdapters(adapters, one_by_one=one_by_one)
 
@@ -61,9 +69,12 @@ class AdapterLoader:
         """As `shards` have the model's matrices. Of what is split by outputs: all of A, and their
         rows of B. Of what is split by inputs: their columns of A, and all of B, and what they add
         is summed over the ranks with what the layer gives."""
-        parts = {name: self._shards.parts(f"{name}.weight", size) for name, size in modules.items()}
+        parts = {name: self._parts(name, shape) for name, shape in modules.items()}
         pairs = [files.pair(name, self._dtype, parts[name]) for name in modules]
         if not any(pairs):
             return None
-        sizes = [num_outputs(parts[name], size[0]) for name, size in modules.items()]
+        sizes = [num_outputs(parts[name], shape[0]) for name, shape in modules.items()]
         return SlotDelta(pairs, sizes)
+
+    def _parts(self, module: str, shape: Shape) -> list[Part]:
+        return self._shards.parts(f"{module}.weight", shape)

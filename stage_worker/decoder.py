@@ -26,6 +26,7 @@ from stage_worker.kernels import Kernels
 from stage_worker.kv_cache import KvCache
 from stage_worker.linear import Linear
 from stage_worker.lora import StepAdapters
+from stage_worker.norms import RmsNorm
 from stage_worker.rope import rotate
 from stage_worker.sharding import Shards
 from stage_worker.vocabulary import Vocabulary
@@ -76,6 +77,7 @@ class Decoder:
     ) -> None:
         self._spec = spec
         self._group = group
+        self._norm = RmsNorm(spec)
         self._vocabulary = Vocabulary(shards or Shards(spec), group)
         self._windows = windows
         self._ropes = ropes
@@ -134,11 +136,7 @@ class Decoder:
         heads = _adapted(layer.qkv, i, "qkv", hidden, batch).view(len(hidden), -1, spec.head_dim)
         turned, values = heads.tensor_split([spec.num_heads + spec.num_kv_heads], dim=1)
         if layer.query_norm is not None and layer.key_norm is not None:
-            queries, keys = turned.tensor_split([spec.num_heads], dim=1)
-            if spec.norms.projections:
-                queries, keys = queries.flatten(1), keys.flatten(1)
-            normed = self._norm(queries, layer.query_norm), self._norm(keys, layer.key_norm)
-            turned = torch.cat(normed, dim=1).view(len(hidden), -1, spec.head_dim)
+            turned = self._normed(turned, layer.query_norm, layer.key_norm)
         rope = self._ropes[i]
         if rope is not None:
             turned = rotate(turned, *batch.turns[rope])
@@ -147,6 +145,15 @@ class Decoder:
         plan = batch.reading[self._windows[i]]
         attended = self._kernels.attention.attend(queries, plan, self._cache, i)
         return _adapted(layer.output, i, "output", attended, batch)
+
+    def _normed(self, turned: Tensor, query_norm: Tensor, key_norm: Tensor) -> Tensor:
+        """Queries and keys, [T, H + K, D]: each head of them, or all heads together of either."""
+        queries, keys = turned.tensor_split([self._spec.num_heads], dim=1)
+        if not self._spec.norms.projections:
+            return torch.cat((self._norm(queries, query_norm), self._norm(keys, key_norm)), dim=1)
+        projections = queries.flatten(1), keys.flatten(1)
+        normed = self._norm.over_ranks(projections, (query_norm, key_norm), self._group)
+        return torch.cat(normed, dim=1).view(turned.shape)
 
     def _mlp(self, x: Tensor, i: int, layer: LayerWeights, batch: Batch) -> Tensor:
         if batch.adapters is None or isinstance(layer.mlp, SparseMlp):
@@ -163,19 +170,6 @@ class Decoder:
         if batch.written is not None:
             keys, values = keys[batch.written], values[batch.written]
         self._cache.write(i, batch.written_slots, keys, values)
-
-    def _norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
-        """RMS norm over the last dimension, in float32; x itself where there is none."""
-        if weight is None:
-            return x
-        # In half precision most models round before they multiply by the weight, and torch after.
-        if x.dtype == torch.float32:
-            return torch.nn.functional.rms_norm(x, weight.shape, weight, self._spec.rms_norm_eps)
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self._spec.rms_norm_eps)
-        if self._spec.norms.wide:
-            return (weight * (wide * scale)).to(x.dtype)
-        return weight * (wide * scale).to(x.dtype)
 
 
 def _adapted(linear: Linear, layer: int, slot: str, x: Tensor, batch: Batch) -> Tensor:

@@ -18,6 +18,7 @@ from stage_worker.kv_claims import KvClaim
 from stage_worker.page_fetch import fetch_into
 from stage_worker.place import EpochReports, Patience, Place
 from stage_worker.stats import Stats
+from stage_worker.tenancy import Joining
 from stage_worker.watchdog import FIRST_STEP_LIMIT_S, step_limit_s
 from stagemesh.errors import (
     InternalError,
@@ -164,17 +165,16 @@ class EpochMember:
 
     async def _join(self) -> PushStream | None:
         place, executor = self.place, self.held.executor
+        joining = Joining(
+            pipeline_id=place.pipeline_id,
+            stage=place.stage,
+            num_stages=place.num_stages,
+            blocks=self.claim.blocks,
+            keep_kv=place.keep_kv,
+        )
         try:
             await self._device.run(
-                lambda: executor.join(
-                    pipeline_id=place.pipeline_id,
-                    stage=place.stage,
-                    num_stages=place.num_stages,
-                    blocks=self.claim.blocks,
-                    keep_kv=place.keep_kv,
-                ),
-                name="a join",
-                limit_s=FIRST_STEP_LIMIT_S,
+                lambda: executor.join(joining), name="a join", limit_s=FIRST_STEP_LIMIT_S
             )
         except StageMeshError as error:
             self.fail(error)

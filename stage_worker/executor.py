@@ -19,18 +19,18 @@ import torch
 from torch import Tensor
 
 from stage_worker.batch import PlacedRow
-from stage_worker.block_ranges import PipelineBlocks
 from stage_worker.boundary_log import BoundaryLog
 from stage_worker.checkpoint import DTYPE_NAMES
 from stage_worker.collectives import ALONE, Group
-from stage_worker.loading import ExecutorConfig, ExecutorFacts, LoadedStage, load_stage
+from stage_worker.executor_config import ExecutorConfig, ExecutorFacts
+from stage_worker.loading import LoadedStage, load_stage
 from stage_worker.pages import PageStore
 from stage_worker.payload import check_wire_dtype, hidden_as_bytes, hidden_from_bytes
 from stage_worker.results import RowSampler
 from stage_worker.rope import all_frequencies
 from stage_worker.sequences import Sequence, SequenceTable
 from stage_worker.staging import to_host
-from stage_worker.tenancy import Tenancy
+from stage_worker.tenancy import Joining, Tenancy
 from stage_worker.warm_up import warm_up
 from stagemesh.errors import ProtocolError
 from stagemesh.plan import Row, RowResult, Step
@@ -120,30 +120,23 @@ class StageExecutor:
         """Of all pipelines."""
         return sum(len(tenancy.sequences) for tenancy in self._tenancies.values())
 
-    def join(
-        self,
-        *,
-        pipeline_id: str,
-        stage: int,
-        num_stages: int,
-        blocks: PipelineBlocks,
-        keep_kv: bool,
-    ) -> None:
+    def join(self, joining: Joining) -> None:
         """Takes the stage's place in a pipeline.
 
-        With `keep_kv` the sequences that the pipeline has at this end are kept. Those of another
-        one at this end are forgotten, and so are those of this one at the other. Pages never move:
-        it is the plan that says what is valid of them. Raises ProtocolError.
+        Sequences of another pipeline at this end are forgotten, and so are those of this one at the
+        other. Pages never move: it is the plan that says what is valid of them. Raises
+        ProtocolError.
         """
-        self._check_place(stage, num_stages)
+        self._check_place(joining)
+        pipeline_id, blocks = joining.pipeline_id, joining.blocks
         held = self._tenancies.get(blocks.from_end)
-        if keep_kv and held is not None and held.pipeline_id == pipeline_id:
+        if joining.keep_kv and held is not None and held.pipeline_id == pipeline_id:
             sequences = held.sequences
             sequences.resize(blocks.kv)
         else:
             block_size = self.facts.block_size_tokens
             sequences = SequenceTable(blocks.kv, block_size, self.spec.vocab_size, _HOST)
-        tenancy = Tenancy(pipeline_id, stage, num_stages, blocks, sequences)
+        tenancy = Tenancy(pipeline_id, joining.stage, joining.num_stages, blocks, sequences)
         others = {
             end: other
             for end, other in self._tenancies.items()
@@ -151,7 +144,8 @@ class StageExecutor:
         }
         self._tenancies = {**others, blocks.from_end: tenancy}
 
-    def _check_place(self, stage: int, num_stages: int) -> None:
+    def _check_place(self, joining: Joining) -> None:
+        stage, num_stages = joining.stage, joining.num_stages
         first, last = self._span.start == 0, self._span.end == self.spec.num_layers
         if (
             not 0 <= stage < num_stages

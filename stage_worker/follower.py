@@ -9,26 +9,26 @@ from __future__ import annotations
 
 import gc
 import socket
-from pathlib import Path
 
 from protos import ranks_pb2
 from stage_worker import rank_link
-from stage_worker.block_ranges import BlockRange, PipelineBlocks
 from stage_worker.collectives import Group
 from stage_worker.executor import StageExecutor
-from stage_worker.loading import ExecutorConfig, LoadedWeights, load_weights, make_stage
+from stage_worker.load_watch import LoadProgress
+from stage_worker.loading import LoadedWeights, load_weights, make_stage
+from stage_worker.rank_messages import joining_from_proto, load_from_proto, placement_from_proto
 from stage_worker.ranked_pages import blocks_from_bytes, bytes_of_blocks
 from stagemesh import wire, wire_steps
 from stagemesh.errors import PeerLost, ProtocolError, StageMeshError
-from stagemesh.quantization import parse_quantization
 
 
 class Follower:
     """Obeys the commands that come by `link`."""
 
-    def __init__(self, link: socket.socket, group: Group) -> None:
+    def __init__(self, link: socket.socket, group: Group, progress: LoadProgress) -> None:
         self._link = link
         self._group = group
+        self._progress = progress
         self._weights: LoadedWeights | None = None
         self._stage: StageExecutor | None = None
         self._outcome: StageMeshError | None = None  # of the last step
@@ -65,16 +65,14 @@ class Follower:
         """Returns the pages that were asked for. Raises StageMeshError."""
         kind = command.WhichOneof("command")
         if kind == "load":
-            self._weights = self._stage = None
-            gc.collect()  # what was held may hang in cycles, and its memory is wanted
-            self._weights = load_weights(_config(command.load), _ignore, self._group)
+            self._weights = self._load(command.load)
             reply.weight_bytes = self._weights.num_bytes
         elif kind == "make_pages":
             assert self._weights is not None
             self._stage = StageExecutor(make_stage(self._weights, command.make_pages.num_blocks))
             self._weights = None
         elif kind == "join":
-            self._join(command.join)
+            self._held().join(joining_from_proto(command.join))
         elif kind == "forget":
             self._held().forget()
         elif kind == "say_outcome":
@@ -85,49 +83,22 @@ class Follower:
         elif kind == "write_blocks":
             blocks_from_bytes(self._held().cache, command.write_blocks.places, payload)
         elif kind == "place_experts":
-            placed = command.place_experts
-            placement = tuple(tuple(rank.experts) for rank in placed.ranks)
-            self._held().experts.place(placed.layer, placement)
+            self._held().experts.place(*placement_from_proto(command.place_experts))
         else:
             raise AssertionError(f"unknown command {kind}")
         return bytearray()
 
-    def _join(self, join: ranks_pb2.JoinPipeline) -> None:
-        self._held().join(
-            pipeline_id=join.pipeline_id,
-            stage=join.stage,
-            num_stages=join.num_stages,
-            blocks=PipelineBlocks(_range(join.kv), _range(join.log)),
-            keep_kv=join.keep_kv,
-        )
+    def _load(self, told: ranks_pb2.LoadShard) -> LoadedWeights:
+        """In place of what was held."""
+        self._weights = self._stage = None
+        gc.collect()  # it may hang in cycles, and its memory is wanted
+        config, rank = load_from_proto(told), self._group.rank
+        try:
+            return load_weights(config, lambda *_: self._progress.advance(rank), self._group)
+        finally:
+            self._progress.end(rank)
 
     def _held(self) -> StageExecutor:
         if self._stage is None:
             raise ProtocolError("no layers are loaded on this rank")
         return self._stage
-
-
-def _ignore(loaded_bytes: int, total_bytes: int) -> None:
-    pass
-
-
-def _range(message: ranks_pb2.BlockRange) -> BlockRange:
-    return BlockRange(message.capacity, message.num_blocks, message.from_end)
-
-
-def _config(load: ranks_pb2.LoadShard) -> ExecutorConfig:
-    return ExecutorConfig(
-        model_dir=Path(load.model_dir),
-        span=wire.span_from_proto(load.span),
-        device=load.device,
-        dtype=load.dtype,
-        batch_invariant=load.batch_invariant,
-        block_size_tokens=load.block_size_tokens,
-        wire_dtype=load.wire_dtype,
-        kv_dtype=load.kv_dtype,
-        quantization=parse_quantization(load.quantization),
-        lone_threads=load.lone_threads,
-        adapters={identity: Path(path) for identity, path in load.adapters.items()},
-        expert_parallel=load.expert_parallel,
-        redundant_experts=load.redundant_experts,
-    )

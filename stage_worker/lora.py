@@ -78,10 +78,6 @@ class Adapter:
 
     layers: tuple[Mapping[str, SlotDelta], ...]
 
-    @property
-    def nbytes(self) -> int:
-        return sum(delta.nbytes for layer in self.layers for delta in layer.values())
-
 
 @dataclass(frozen=True, slots=True)
 class _Group:

@@ -84,6 +84,12 @@ class WorkerOptions:
         kind=Kind.DURATION,
         minimum=0.1,
     )
+    load_timeout_s: float = option(
+        120.0,
+        help="layers that are loaded no further for this long end the process",
+        kind=Kind.DURATION,
+        minimum=0.1,
+    )
     drain_timeout_s: float = option(
         8.0,
         help="told to stop, how long to wait for the layers to be handed over",

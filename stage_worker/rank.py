@@ -28,7 +28,8 @@ def main() -> int:
 
     from stage_worker.follower import Follower  # torch with it, which takes a while
 
-    Follower(socket.socket(fileno=options.link_fd), options.open_group()).run()
+    link, progress = socket.socket(fileno=options.link_fd), options.open_load_progress()
+    Follower(link, options.open_group(), progress).run()
     return 0
 
 

@@ -15,11 +15,12 @@ from stagemesh.errors import ConfigError
 
 if TYPE_CHECKING:
     from stage_worker.collectives import Group
+    from stage_worker.load_watch import LoadProgress
 
 TRANSPORTS = ("auto", "memory", "gloo")
 SLOT_BYTES = 2**20
 """Of shared memory, for each rank, twice: larger tensors go in pieces."""
-FLAG_BYTES = 64  # a cache line for each
+FLAG_BYTES = 64  # a cache line for each; see also stage_worker.load_watch
 FLAGS_BYTES = mmap.PAGESIZE
 
 
@@ -67,6 +68,12 @@ class RankOptions:
 
         memory = mmap.mmap(self.memory_fd, memory_bytes(self.size))
         return SharedMemoryGroup(memory, self.rank, self.size)
+
+    def open_load_progress(self) -> LoadProgress:
+        """Of all ranks, whatever carries their sums."""
+        from stage_worker.load_watch import LoadProgress
+
+        return LoadProgress(self.size, mmap.mmap(self.memory_fd, FLAGS_BYTES))
 
 
 def shares_memory(transport: str) -> bool:

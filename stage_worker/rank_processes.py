@@ -47,6 +47,7 @@ class RankProcesses:
             memory_fd=self._memory.fileno(),
             meeting_place=str(Path(self._scratch.name, "gloo")) if self._scratch else "",
         )
+        self.load_progress = self.own.open_load_progress()
         for rank in range(1, size):
             self._start(rank, module)
 

@@ -19,16 +19,18 @@ from torch import Tensor
 
 from protos import ranks_pb2
 from stage_worker import rank_link
-from stage_worker.block_ranges import BlockRange, PipelineBlocks
 from stage_worker.collectives import Group
 from stage_worker.executor import StageExecutor, StageOutput
+from stage_worker.executor_config import ExecutorConfig, ExecutorFacts
 from stage_worker.expert_placement import Placement, PlacementBalance
-from stage_worker.loading import ExecutorConfig, ExecutorFacts, load_weights, make_stage
+from stage_worker.loading import load_weights, make_stage
 from stage_worker.pages import PageStore
 from stage_worker.rank_link import Payload
+from stage_worker.rank_messages import joining_to_proto, load_to_proto, placement_to_proto
 from stage_worker.rank_processes import RankProcesses
 from stage_worker.ranked_pages import HeadLayout
 from stage_worker.sharding import Shards
+from stage_worker.tenancy import Joining
 from stage_worker.warm_up import warm_up
 from stagemesh import wire, wire_steps
 from stagemesh.errors import InternalError, StageMeshError
@@ -72,7 +74,9 @@ class RankedStage:
         """All ranks read at once; then this one says how many blocks all of them have. Errors as
         of `load_stage`, of whichever rank."""
         others = OtherRanks(ranks)
-        others.tell(ranks_pb2.RankCommand(load=_load_message(config)))
+        for rank in range(1, ranks.size):
+            ranks.load_progress.begin(rank)
+        others.tell(ranks_pb2.RankCommand(load=load_to_proto(config)))
         try:
             weights = load_weights(config, on_progress, group)
         except Exception:
@@ -96,32 +100,10 @@ class RankedStage:
     def num_sequences(self) -> int:
         return self._own.num_sequences
 
-    def join(
-        self,
-        *,
-        pipeline_id: str,
-        stage: int,
-        num_stages: int,
-        blocks: PipelineBlocks,
-        keep_kv: bool,
-    ) -> None:
+    def join(self, joining: Joining) -> None:
         """As StageExecutor.join."""
-        self._own.join(
-            pipeline_id=pipeline_id,
-            stage=stage,
-            num_stages=num_stages,
-            blocks=blocks,
-            keep_kv=keep_kv,
-        )
-        join = ranks_pb2.JoinPipeline(
-            pipeline_id=pipeline_id,
-            stage=stage,
-            num_stages=num_stages,
-            kv=_range_message(blocks.kv),
-            log=_range_message(blocks.log),
-            keep_kv=keep_kv,
-        )
-        self._others.ask(ranks_pb2.RankCommand(join=join))
+        self._own.join(joining)
+        self._others.ask(ranks_pb2.RankCommand(join=joining_to_proto(joining)))
 
     def forget(self) -> None:
         self._own.forget()
@@ -146,10 +128,8 @@ class RankedStage:
     def _place(self, layer: int, placement: Placement) -> None:
         """Between two steps. Ranks that differ in what they have would compute nonsense: where one
         cannot, all are ended."""
-        place = ranks_pb2.PlaceExperts(layer=layer)
-        for experts in placement:
-            place.ranks.add(experts=experts)
-        self._others.tell(ranks_pb2.RankCommand(place_experts=place))
+        place_experts = placement_to_proto(layer, placement)
+        self._others.tell(ranks_pb2.RankCommand(place_experts=place_experts))
         try:
             self.experts.place(layer, placement)
             self._others.answers()
@@ -240,27 +220,3 @@ class RankedBlocks:
         self._others.tell_each(asked, [part.numpy().data.cast("B") for part in theirs])
         self._cache.write_blocks(places, own)
         self._others.answers()
-
-
-def _range_message(blocks: BlockRange) -> ranks_pb2.BlockRange:
-    return ranks_pb2.BlockRange(
-        capacity=blocks.capacity, num_blocks=blocks.num_blocks, from_end=blocks.from_end
-    )
-
-
-def _load_message(config: ExecutorConfig) -> ranks_pb2.LoadShard:
-    return ranks_pb2.LoadShard(
-        model_dir=str(config.model_dir),
-        span=wire.span_to_proto(config.span),
-        device=config.device,
-        dtype=config.dtype,
-        batch_invariant=config.batch_invariant,
-        block_size_tokens=config.block_size_tokens,
-        wire_dtype=config.wire_dtype,
-        kv_dtype=config.kv_dtype,
-        quantization=str(config.quantization),
-        lone_threads=config.lone_threads,
-        adapters={identity: str(path) for identity, path in config.adapters.items()},
-        expert_parallel=config.expert_parallel,
-        redundant_experts=config.redundant_experts,
-    )

@@ -108,7 +108,10 @@ async def serve(
             identity.adapters.update(holder.adapters)
             if on_ready is not None:
                 on_ready({"address": address, "id": identity.worker_id})
-            guards = [group.create_task(worker.guard_device(end_all_hard))]
+            guards = [
+                group.create_task(worker.guard_device(end_all_hard)),
+                group.create_task(worker.guard_load(options.load_timeout_s, end_all_hard)),
+            ]
             if ranks is not None:
                 guards.append(group.create_task(worker.guard_ranks(ranks, end_all_hard)))
             leaving = leaving or Leaving()

@@ -11,6 +11,7 @@ before anything is read.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -52,6 +53,8 @@ SPLITS = {
     "post_feedforward_layernorm": Split.WHOLE,
     "norm": Split.WHOLE,
 }
+# Norms of queries and keys in models that have one over all heads together: they go with the heads.
+OVER_ALL_HEADS = {"q_norm": Split.OUTPUTS, "k_norm": Split.KV_OUTPUTS}
 # Tensors that hold the outputs of several of these modules, one after another.
 FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -96,6 +99,8 @@ class Shards:
             return EVERYTHING if expert in self.placement[self.expert_rank] else None
         module, kind = name.split(".")[-2:]
         split = SPLITS.get(module)
+        if self.spec.norms.projections:
+            split = OVER_ALL_HEADS.get(module, split)
         if split is None or (split is Split.EACH_HEAD and shape != (self.spec.head_dim,)):
             raise UnsupportedModel(f"tensor parallelism does not know how to split {name}")
         if split in (Split.WHOLE, Split.EACH_HEAD):
@@ -173,7 +178,7 @@ class Shards:
         return _share(total, self.rank, self.size)
 
 
-def num_outputs(parts: list[Part], whole: int) -> int:
+def num_outputs(parts: Sequence[Part], whole: int) -> int:
     """Of these parts of a matrix that has `whole` outputs."""
     return sum(len(range(whole)[part.rows]) for part in parts)
 

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stage_worker.device_thread import DeviceThread
+from stage_worker.executor_config import ExecutorConfig, ExecutorFacts
 from stage_worker.host_memory import available_host_bytes
+from stage_worker.load_watch import LoadProgress
 from stage_worker.options import WorkerOptions
 from stage_worker.rank_processes import RankProcesses
 from stage_worker.step_cost import StepCost
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
     from stage_worker.executor import StageExecutor
     from stage_worker.identity import FileStamps
     from stage_worker.linear_schemes import Numerics
-    from stage_worker.loading import ExecutorConfig, ExecutorFacts
     from stage_worker.ranked_stage import RankedStage
 
 PROGRESS_INTERVAL_NS = 100_000_000
@@ -60,6 +61,7 @@ class SpanHolder:
         self._options = options
         self._ranks = ranks
         self._group: Group | None = None
+        self.load_progress = LoadProgress() if ranks is None else ranks.load_progress
         self._dtype = dtype
         self._device = device
         self.held: HeldSpan | None = None
@@ -89,7 +91,7 @@ class SpanHolder:
             await self._device.run(self.held.executor.forget)
             return self.held
         self.held = None
-        report = _Throttled(on_progress, self._device)
+        report = _Throttled(on_progress, self._device, self.load_progress)
         self.held = await self._device.run(lambda: self._load(span, report))
         return self.held
 
@@ -105,6 +107,13 @@ class SpanHolder:
         return summarise(self._options.model, _numerics(self._options, self._dtype))
 
     def _load(self, span: Span, on_progress: OnProgress) -> HeldSpan:
+        self.load_progress.begin(0)
+        try:
+            return self._load_anew(span, on_progress)
+        finally:
+            self.load_progress.end(0)
+
+    def _load_anew(self, span: Span, on_progress: OnProgress) -> HeldSpan:
         gc.collect()  # what was held before may hang in cycles, and its memory is wanted
         dirs = self._options.adapter_dirs()
         adapters = {identity: dirs[name] for name, identity in self.adapters.items()}
@@ -167,8 +176,6 @@ def _numerics(options: WorkerOptions, dtype: str) -> Numerics:
 def _config(
     options: WorkerOptions, dtype: str, span: Span, adapters: Mapping[str, Path]
 ) -> ExecutorConfig:
-    from stage_worker.loading import ExecutorConfig
-
     return ExecutorConfig(
         model_dir=options.model,
         span=span,
@@ -190,14 +197,18 @@ def _config(
 
 
 class _Throttled:
-    """Passes progress on now and then, and ends a load that nobody waits for any more."""
+    """Counts progress, passes it on now and then, ends a load that nobody waits for any more."""
 
-    def __init__(self, on_progress: OnProgress, device: DeviceThread) -> None:
+    def __init__(
+        self, on_progress: OnProgress, device: DeviceThread, progress: LoadProgress
+    ) -> None:
         self._on_progress = on_progress
         self._device = device
+        self._progress = progress
         self._last_ns = 0
 
     def __call__(self, loaded_bytes: int, total_bytes: int) -> None:
+        self._progress.advance(0)
         if self._device.stopping:
             raise RequestCancelled("the worker stops")
         now_ns = time.monotonic_ns()

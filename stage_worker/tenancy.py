@@ -18,6 +18,18 @@ from stage_worker.boundary_log import NOT_LOGGED
 from stage_worker.sequences import SequenceTable
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Joining:
+    """A place in a pipeline that a stage is to take; with `keep_kv` it keeps the sequences that it
+    has of the pipeline at this end of its blocks."""
+
+    pipeline_id: str
+    stage: int
+    num_stages: int
+    blocks: PipelineBlocks
+    keep_kv: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Tenancy:
     pipeline_id: str

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from stage_worker.tenancy import Joining
 from stagemesh.frames import hidden_bytes
 from stagemesh.plan import BlockUpdate, Epoch, Row, SequenceState, Span, Step
 from stagemesh.sampling import SamplingSpec
@@ -44,11 +45,12 @@ def warm_up(executor: StageExecutor | RankedStage, span: Span) -> None:
     )
     num_bytes = hidden_bytes(executor.wire_dtype, num_tokens, spec.hidden_size) if stage else 0
     executor.join(
-        pipeline_id=_NOBODY,
-        stage=stage,
-        num_stages=num_stages,
-        blocks=facts.blocks_for(1),
-        keep_kv=False,
+        Joining(
+            pipeline_id=_NOBODY,
+            stage=stage,
+            num_stages=num_stages,
+            blocks=facts.blocks_for(1),
+        )
     )
     step = Step(_NOBODY, Epoch(0, 1), 0, (row,))
     executor.execute(step, bytes(num_bytes), executor.wire_dtype)

@@ -9,13 +9,11 @@ end the process.
 
 from __future__ import annotations
 
-import asyncio
-
+from stage_worker.awake_time import looks
 from stage_worker.device_thread import DeviceThread
 from stage_worker.step_cost import StepCost
 from stagemesh.errors import StepTimeout
 
-LOOK_S = 0.25
 FIRST_STEP_LIMIT_S = 60.0
 """For the first steps after loading, of which nothing is known, and for what is no step."""
 _NUM_FIRST_STEPS = 3
@@ -33,12 +31,8 @@ def step_limit_s(cost: StepCost, work: float, min_limit_s: float) -> float:
 
 async def watch(device: DeviceThread) -> StepTimeout:
     """Returns once a job has run for longer than it may."""
-    loop = asyncio.get_running_loop()
-    last_s, job, ran_s, cpu_s = loop.time(), device.running, 0.0, device.cpu_s()
-    while True:
-        await asyncio.sleep(LOOK_S)
-        now_s = loop.time()
-        awake_s, last_s = min(now_s - last_s, 2 * LOOK_S), now_s
+    job, ran_s, cpu_s = device.running, 0.0, device.cpu_s()
+    async for awake_s in looks():
         used_s, cpu_s = device.cpu_s() - cpu_s, device.cpu_s()
         if device.running is not job:
             job, ran_s = device.running, 0.0
@@ -50,3 +44,4 @@ async def watch(device: DeviceThread) -> StepTimeout:
                 f"the device has been at work on {job.name} for {ran_s:.1f} s, of "
                 f"{limit_s:.1f} s that it may take"
             )
+    raise AssertionError("looks have no end")

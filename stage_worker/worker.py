@@ -15,6 +15,7 @@ import structlog
 from protos import mesh_pb2
 from stage_worker.control import ControlStream
 from stage_worker.device_thread import DeviceThread
+from stage_worker.load_watch import watch_load
 from stage_worker.membership import Membership
 from stage_worker.own_address import OwnAddress
 from stage_worker.place import PageOrigin, Patience, Place
@@ -94,6 +95,13 @@ class Worker:
         """Ends the process, once one of its ranks has ended: it would wait for it forever."""
         error = await ranks.lost()
         log.error("a rank is lost: the process ends", reason=str(error))
+        await self._end_over(error, end_hard)
+
+    async def guard_load(self, limit_s: float, end_hard: Callable[[], None]) -> None:
+        """Ends the process, once layers are loaded no further: whoever reads cannot be
+        interrupted."""
+        error = await watch_load(self._parts.holder.load_progress, limit_s)
+        log.error("loading hangs: the process ends", reason=str(error))
         await self._end_over(error, end_hard)
 
     async def _end_over(self, error: StageMeshError, end_hard: Callable[[], None]) -> None:

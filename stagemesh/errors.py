@@ -25,6 +25,7 @@ Whatever a user or a peer can cause is one of these; `assert` is for our own bug
         StepOutOfOrder
       PeerLost                    a stream to a peer broke
       StepTimeout                 a step computed for far longer than it should
+      LoadStalled                 layers are loaded no further
 """
 
 from __future__ import annotations
@@ -135,6 +136,10 @@ class StepTimeout(StageMeshError):
     code = "step_timeout"
 
 
+class LoadStalled(StageMeshError):
+    code = "load_stalled"
+
+
 @dataclass(frozen=True, slots=True)
 class Outward:
     """How an error looks from outside. `grpc` is the name of a grpc.StatusCode."""
@@ -172,6 +177,7 @@ OUTWARD: dict[type[StageMeshError], Outward] = {
     StepOutOfOrder: _PRECONDITION,
     PeerLost: _UNAVAILABLE,
     StepTimeout: _INTERNAL,
+    LoadStalled: _INTERNAL,
 }
 
 _BY_CODE = {error.code: error for error in OUTWARD if error is not InternalError}

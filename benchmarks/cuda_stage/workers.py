@@ -126,10 +126,10 @@ def _load(config: StageConfig, span: Span):  # type: ignore[no-untyped-def]
 
 
 def _join(stage, place: int, num_stages: int) -> None:  # type: ignore[no-untyped-def]
+    from stage_worker.tenancy import Joining
+
     blocks = stage.facts.blocks_for(stage.facts.num_blocks)
-    stage.join(
-        pipeline_id=PIPELINE, stage=place, num_stages=num_stages, blocks=blocks, keep_kv=False
-    )
+    stage.join(Joining(pipeline_id=PIPELINE, stage=place, num_stages=num_stages, blocks=blocks))
 
 
 def _serve(pipe: Connection, config: StageConfig, span: Span, stage: int, num_stages: int) -> None:

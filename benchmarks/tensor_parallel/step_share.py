@@ -16,6 +16,7 @@ from stage_worker.collectives import Group
 from stage_worker.executor import ExecutorConfig
 from stage_worker.rank_processes import RankProcesses
 from stage_worker.ranked_stage import RankedStage
+from stage_worker.tenancy import Joining
 from stagemesh.model_spec import ModelSpec
 from stagemesh.plan import BlockUpdate, Epoch, Row, SequenceState, Span, Step
 from stagemesh.quantization import parse_quantization
@@ -90,13 +91,8 @@ def _decode(
     stage: RankedStage, group: TimedGroup, batch: int, context: int
 ) -> tuple[list[float], float]:
     """(seconds of each step, seconds in all-reduces)"""
-    stage.join(
-        pipeline_id=PIPELINE,
-        stage=0,
-        num_stages=1,
-        blocks=stage.facts.blocks_for(stage.facts.num_blocks),
-        keep_kv=False,
-    )
+    blocks = stage.facts.blocks_for(stage.facts.num_blocks)
+    stage.join(Joining(pipeline_id=PIPELINE, stage=0, num_stages=1, blocks=blocks))
     number = 0
     for row in range(batch):
         stage.execute(Step(PIPELINE, Epoch(1, 1), number, (_prompt(row, context),)), b"", "")

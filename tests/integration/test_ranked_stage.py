@@ -14,6 +14,7 @@ from support.paths import DEMO_MODEL
 from stage_worker.executor import ExecutorConfig
 from stage_worker.rank_processes import RankProcesses
 from stage_worker.ranked_stage import RankedStage
+from stage_worker.tenancy import Joining
 from stagemesh.errors import CheckpointError, InternalError, PeerLost, ProtocolError
 from stagemesh.model_spec import ModelSpec
 from stagemesh.plan import BlockUpdate, Epoch, Row, SequenceState, Span, Step
@@ -46,7 +47,7 @@ def load(ranks: RankProcesses, config: ExecutorConfig = CONFIG) -> RankedStage:
 def joined(ranks: RankProcesses) -> RankedStage:
     stage = load(ranks)
     blocks = stage.facts.blocks_for(4)
-    stage.join(pipeline_id="p", stage=0, num_stages=1, blocks=blocks, keep_kv=False)
+    stage.join(Joining(pipeline_id="p", stage=0, num_stages=1, blocks=blocks))
     return stage
 
 

@@ -57,6 +57,7 @@ FAMILIES = {
     "phi3": TinyModel("phi3", "Phi3Config", {"pad_token_id": 0}),
     "granite": TinyModel("granite", "GraniteConfig", {"residual_multiplier": 0.5}),
     "smollm3": TinyModel("smollm3", "SmolLM3Config", {"pad_token_id": 0}),
+    "olmo2": TinyModel("olmo2", "Olmo2Config", {"pad_token_id": 0}),
     "mixtral": TinyModel("mixtral", "MixtralConfig", {"num_local_experts": 4}),
     "qwen2-moe": TinyModel(
         "qwen2-moe", "Qwen2MoeConfig", {**EXPERTS, "shared_expert_intermediate_size": 24}

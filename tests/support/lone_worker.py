@@ -13,12 +13,13 @@ from support.paths import DEMO_MODEL
 from stage_worker.block_ranges import PipelineBlocks
 from stage_worker.device_thread import DeviceThread
 from stage_worker.executor import StageExecutor, StageOutput
-from stage_worker.loading import ExecutorFacts
+from stage_worker.executor_config import ExecutorFacts
 from stage_worker.membership import Membership
 from stage_worker.place import Patience, Place
 from stage_worker.span_holder import HeldSpan
 from stage_worker.stats import Stats
 from stage_worker.step_cost import StepCost
+from stage_worker.tenancy import Joining
 from stagemesh.errors import ProtocolError, StageMeshError
 from stagemesh.model_spec import ModelSpec
 from stagemesh.page_frames import PageBatch, PagesRequest
@@ -41,8 +42,9 @@ class Recorder:
     def write(self, batch: PageBatch, blocks: PipelineBlocks) -> None:
         self.told.append(("write", *blocks.kv.places(batch.block_ids)))
 
-    def join(self, *, pipeline_id: str, blocks: PipelineBlocks, keep_kv: bool, **_: int) -> None:
-        self.told.append(("join", pipeline_id, blocks.kv.num_blocks, keep_kv))
+    def join(self, joining: Joining) -> None:
+        told = joining.pipeline_id, joining.blocks.kv.num_blocks, joining.keep_kv
+        self.told.append(("join", *told))
 
     def execute(self, step: Step, *_: object) -> StageOutput:
         self.told.append(("step", step.pipeline_id, step.step))

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from stage_worker.executor import ExecutorConfig, StageExecutor
+from stage_worker.tenancy import Joining
 from stage_worker.weight_source import FloatSource
 from stagemesh.plan import BlockUpdate, Epoch, Row, SequenceState, Span, Step
 from stagemesh.quantization import parse_quantization
@@ -136,13 +137,8 @@ def execute_one_step(stage: StageExecutor, span: Span) -> None:
     first, last = span.start == 0, span.end == stage.spec.num_layers
     index = 0 if first else 1
     num_stages = index + 1 if last else index + 2
-    stage.join(
-        pipeline_id="p",
-        stage=index,
-        num_stages=num_stages,
-        blocks=stage.facts.blocks_for(1),
-        keep_kv=False,
-    )
+    blocks = stage.facts.blocks_for(1)
+    stage.join(Joining(pipeline_id="p", stage=index, num_stages=num_stages, blocks=blocks))
     prompt = tuple(range(NUM_TOKENS))
     row = Row(
         sequence_id=1,

@@ -13,6 +13,7 @@ import torch
 
 from stage_worker.block_ranges import PipelineBlocks
 from stage_worker.executor import ExecutorConfig, StageExecutor
+from stage_worker.tenancy import Joining
 from stagemesh.model_spec import ModelSpec
 from stagemesh.plan import (
     BlockUpdate,
@@ -216,11 +217,13 @@ class Chain:
     def join(self, *, keep_kv: bool, lost: Sequence[int] = ()) -> None:
         for i, stage in enumerate(self.stages):
             stage.join(
-                pipeline_id=self.pipeline_id,
-                stage=i,
-                num_stages=len(self.stages),
-                blocks=self.blocks(i),
-                keep_kv=keep_kv and i not in lost,
+                Joining(
+                    pipeline_id=self.pipeline_id,
+                    stage=i,
+                    num_stages=len(self.stages),
+                    blocks=self.blocks(i),
+                    keep_kv=keep_kv and i not in lost,
+                )
             )
 
     def resize(self, num_blocks: int, lost: Sequence[int] = ()) -> None:

@@ -13,9 +13,10 @@ from support.stages import Chain
 
 from stage_worker.collectives import ALONE, Group
 from stage_worker.executor import ExecutorConfig, StageExecutor, StageOutput
-from stage_worker.loading import ExecutorFacts
+from stage_worker.executor_config import ExecutorFacts
 from stage_worker.rank_options import memory_bytes
 from stage_worker.shared_memory_group import SharedMemoryGroup
+from stage_worker.tenancy import Joining
 from stagemesh.plan import Step
 
 T = TypeVar("T")
@@ -47,9 +48,9 @@ class ThreadRanks:
         assert len(counts) == 1
         return counts.pop()
 
-    def join(self, **place: Any) -> None:
+    def join(self, joining: Joining) -> None:
         for rank in self.ranks:
-            rank.join(**place)
+            rank.join(joining)
 
     def execute(self, step: Step, payload: Any, dtype: str) -> StageOutput:
         return self._all(

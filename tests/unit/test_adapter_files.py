@@ -14,10 +14,13 @@ from support.adapters import TinyAdapter, tiny_adapter
 from support.checkpoints import TinyModel, tiny_model
 
 from stage_worker.adapter_files import adapter_identity, checked_identity
+from stage_worker.adapter_loading import AdapterLoader
 from stage_worker.options import WorkerOptions
+from stage_worker.sharding import Shards
 from stagemesh.adapters import parse_adapters
 from stagemesh.errors import CheckpointError, ConfigError, UnsupportedModel
 from stagemesh.model_spec import ModelSpec
+from stagemesh.plan import Span
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
@@ -32,6 +35,19 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelSpec, Any]:
 @pytest.fixture
 def adapter(base: tuple[ModelSpec, Any], tmp_path: Path) -> Path:
     return tiny_adapter(TinyAdapter("a"), base[1], tmp_path)
+
+
+@pytest.mark.parametrize(("rank", "size"), [(0, 1), (0, 2), (3, 4)])
+def test_what_will_be_loaded_is_known_before(
+    base: tuple[ModelSpec, Any], adapter: Path, rank: int, size: int
+) -> None:
+    spec, shards = base[0], Shards(base[0], rank, size)
+    loader = AdapterLoader({"a": adapter}, spec, torch.float32, torch.device("cpu"), shards)
+    span, loaded = Span(1, 4), list[int]()
+    expected = loader.span_bytes(span)
+    loader.load(span, loaded.append, one_by_one=False)
+    assert sum(loaded) == expected > 0
+    assert len(loaded) == span.num_layers, "progress with every layer"
 
 
 def change_config(adapter: Path, **changes: object) -> None:

@@ -9,7 +9,7 @@ import time
 import pytest
 from support.paths import DEMO_MODEL
 
-from stage_worker import watchdog
+from stage_worker import awake_time
 from stage_worker.device_thread import DeviceThread
 from stage_worker.step_cost import StepCost
 from stage_worker.watchdog import FIRST_STEP_LIMIT_S, step_limit_s, watch
@@ -80,7 +80,7 @@ def test_limits() -> None:
 
 @pytest.fixture(autouse=True)
 def look_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watchdog, "LOOK_S", 0.02)
+    monkeypatch.setattr(awake_time, "LOOK_S", 0.02)
 
 
 async def test_a_job_that_hangs_is_found() -> None:

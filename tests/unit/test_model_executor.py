@@ -10,6 +10,7 @@ import pytest
 from support.checkpoints import TinyModel, tiny_model
 from support.stages import EPOCH, GREEDY, Chain
 
+from stage_worker.tenancy import Joining
 from stagemesh.errors import ProtocolError
 from stagemesh.plan import BlockUpdate, Row, SequenceRun, SequenceState, Step
 
@@ -180,7 +181,7 @@ def test_places_in_a_pipeline(chain: Chain) -> None:
     first = chain.stages[0]
     for place in ({"stage": 1, "num_stages": 3}, {"stage": 0, "num_stages": 1}):
         with pytest.raises(ProtocolError, match="cannot be stage"):
-            first.join(pipeline_id="p", **place, blocks=first.facts.blocks_for(8), keep_kv=False)
+            first.join(Joining(pipeline_id="p", **place, blocks=first.facts.blocks_for(8)))
     with pytest.raises(ProtocolError, match="9 blocks"):
         first.facts.blocks_for(9)
     chain.resize(4)  # a smaller stage sets the pace

@@ -47,8 +47,9 @@ def pieces(model: ModelSpec, name: str, shape: tuple[int, ...], size: int) -> li
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_ranks_have_every_place_of_a_weight_together(size: int) -> None:
-    model = spec()
+@pytest.mark.parametrize("family", ["Qwen3", "Olmo2"])
+def test_ranks_have_every_place_of_a_weight_together(family: str, size: int) -> None:
+    model = spec(architectures=[f"{family}ForCausalLM"])
     for part in all_parts(model):
         for name, shape in part_weights(model, part).items():
             parts = pieces(model, name, shape, size)
@@ -76,6 +77,19 @@ def test_kv_heads_are_those_of_the_ranks_query_heads() -> None:
                 assert shards.kv_heads[group] == theirs
 
 
+def test_norms_over_all_heads_go_with_the_heads() -> None:
+    model = spec(architectures=["Olmo2ForCausalLM"])
+    queries, keys = (
+        "model.layers.1.self_attn.q_norm.weight",
+        "model.layers.1.self_attn.k_norm.weight",
+    )
+    for name, shape, projection in ((queries, (128,), "q_proj"), (keys, (32,), "k_proj")):
+        norms = pieces(model, name, shape, 4)
+        matrices = pieces(model, f"model.layers.1.self_attn.{projection}.weight", (*shape, 1), 4)
+        for norm, matrix in zip(norms, matrices, strict=True):
+            assert norm.tolist() == matrix.flatten().tolist()
+
+
 @pytest.mark.parametrize(
     ("changes", "size", "told"),
     [
@@ -97,7 +111,7 @@ def test_what_the_table_does_not_know_is_refused() -> None:
     shards = Shards(spec(), 0, 2)
     with pytest.raises(UnsupportedModel, match=r"model\.layers\.0\.mlp\.router\.weight"):
         shards.part("model.layers.0.mlp.router.weight", (4, 64))
-    with pytest.raises(UnsupportedModel, match="q_norm"):  # one over all heads together
+    with pytest.raises(UnsupportedModel, match="q_norm"):  # a family that has one for each head
         shards.part("model.layers.0.self_attn.q_norm.weight", (128,))
     assert replace(shards, size=1).part("anything.at.all", (4, 64)) is not None
 
