@@ -21,6 +21,7 @@ from stage_worker.checkpoint import INDEX, Checkpoint
 from stage_worker.layout import EMBEDDING, HEAD, all_parts, is_quantisable, part_weights
 from stage_worker.linear import rows_per_piece
 from stage_worker.quantise import to_int4, to_int8
+from stage_worker.stacked_weights import float_view
 from stagemesh.errors import CheckpointError, ConfigError
 from stagemesh.model_spec import ModelSpec
 from stagemesh.quantization import AUTO, INT8, NONE, Quantization, group_size
@@ -78,9 +79,9 @@ class _Writer:
             return {}
         tensors: dict[str, Tensor] = {}
         for name, shape in part_weights(self._spec, part).items():
-            view = self._files.view(name, shape)
+            view = float_view(self._files, self._spec, name, shape)
             if scheme == NONE or not (is_quantisable(name) or name == EMBEDDING):
-                tensors[name] = view
+                tensors[name] = view.contiguous()
             else:
                 module = (HEAD if name == EMBEDDING else name).removesuffix("weight")
                 tensors |= _int8(module, view) if scheme == INT8 else _int4(module, view, scheme)
