@@ -113,7 +113,7 @@ MODELS = [
     ),
     TinyModel("qwen3-moe", "Qwen3MoeConfig", {**QWEN_MOE, "norm_topk_prob": True}),
     TinyModel("qwen3-moe-sparse", "Qwen3MoeConfig", {**QWEN_MOE, "decoder_sparse_step": 2}, 1),
-    *(TinyModel(f"gpt-oss-{seed}", "GptOssConfig", GPT_OSS, seed) for seed in range(2)),
+    TinyModel("gpt-oss", "GptOssConfig", GPT_OSS),
     TinyModel(
         "gpt-oss-mixed",
         "GptOssConfig",

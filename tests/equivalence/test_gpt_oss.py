@@ -21,6 +21,7 @@ from support.thread_ranks import ranked_chain
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from stage_worker import fbgemm
+from stage_worker.cuda_support import check_supported
 from stage_worker.identity import summarise
 from stage_worker.quantise_checkpoint import quantise_checkpoint
 from stage_worker.sharding import ALL, Part
@@ -173,6 +174,11 @@ def test_parts_are_told_by_the_tensors_of_the_files(
     stored, floats = summarise(mxfp4[1]), summarise(plain[1])
     assert set(stored.part_hashes) == set(floats.part_hashes)
     assert stored.structure_hash != floats.structure_hash
+
+
+def test_what_cuda_lacks_is_named(plain: tuple[Any, Path]) -> None:
+    with pytest.raises(UnsupportedModel, match=r"attention sinks.*mixtures of experts"):
+        check_supported(ModelSpec.from_directory(plain[1]))
 
 
 @pytest.mark.parametrize(

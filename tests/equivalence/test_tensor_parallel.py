@@ -42,6 +42,20 @@ MODELS = [
             "shared_expert_intermediate_size": 24,
         },
     ),
+    TinyModel(
+        "gpt-oss",
+        "GptOssConfig",
+        {
+            **FOUR_HEADS,
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 11,
+            "swiglu_limit": 0.7,
+            "pad_token_id": 0,
+        },
+        1,
+    ),
 ]
 LAYOUTS = ((4,), (2, 1))
 """Ranks of the stages."""
