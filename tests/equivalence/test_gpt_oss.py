@@ -157,15 +157,19 @@ def test_mxfp4_is_held_as_its_floats_would_be(mxfp4: tuple[Any, Path], tmp_path:
 
 
 @pytest.mark.skipif(not fbgemm.is_available(), reason="needs AVX2")
-def test_stored_quantised(plain: tuple[Any, Path], mxfp4: tuple[Any, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("origin", "scheme"), [("plain", "int8"), ("mxfp4", "int8,head=none,0:2=none")]
+)
+def test_stored_quantised(
+    origin: str, scheme: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     """`stagemesh quantize` writes a tensor for each expert, and they are read again."""
-    quantise_checkpoint(plain[1], tmp_path / "out", parse_quantization("int8"))
-    outputs = []
-    for path, scheme in ((plain[1], "int8"), (tmp_path / "out", "auto")):
-        outputs.append([live.tokens for live in Chain(path, 2, quantization=scheme).run(wishes())])
-    assert outputs[0] == outputs[1]
-    with pytest.raises(CheckpointError, match="quantised already"):
-        quantise_checkpoint(mxfp4[1], tmp_path / "again", parse_quantization("int8"))
+    _, path = request.getfixturevalue(origin)
+    quantise_checkpoint(path, tmp_path / "out", parse_quantization(scheme))
+    texts = wishes()[1:]
+    at_load = Chain(path, 2, quantization=scheme).run(texts)
+    stored = Chain(tmp_path / "out", 1, quantization="auto").run(texts)
+    assert [live.tokens for live in stored] == [live.tokens for live in at_load]
 
 
 def test_parts_are_told_by_the_tensors_of_the_files(
