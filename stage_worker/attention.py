@@ -64,8 +64,13 @@ class Attention(Protocol[P]):
         """
         ...
 
-    def attend(self, queries: Tensor, plan: P, cache: KvCache, layer: int) -> Tensor:
+    def attend(
+        self, queries: Tensor, plan: P, cache: KvCache, layer: int, sinks: Tensor | None = None
+    ) -> Tensor:
         """queries: [T, H, D], whose own keys and values are written already -> [T, H * D].
+
+        `sinks` [H], float32, are scores beside those of the keys: they take their share of a
+        head's attention, and have no value to give.
 
         No query may read a value of another sequence or of a stale page, not even under a mask:
         NaN times zero would be NaN.

@@ -72,7 +72,16 @@ class Gathered:
         return _attend(scores, own, keys, values, self.mask, causal=self.causal)
 
 
-def merge(partials: Sequence[Partial], tokens: Tensor, num_tokens: int) -> Tensor:
+def beside_sinks(partial: Partial, sinks: Tensor) -> Tensor:
+    """[t, H, D]: what is left of a result where sinks [H] take their share. The softmax has a term
+    more, of no value: its sum is all that must be known of the others."""
+    output, logs = partial
+    return (output * torch.sigmoid(logs - sinks)[..., None]).to(output.dtype)
+
+
+def merge(
+    partials: Sequence[Partial], tokens: Tensor, num_tokens: int, sinks: Tensor | None = None
+) -> Tensor:
     """Results of all parts, of `tokens` [P], each token at least once -> [T, H, D]."""
     outputs, logs = (torch.cat(some) for some in zip(*partials, strict=True))
     places = tokens[:, None].expand_as(logs)
@@ -80,6 +89,8 @@ def merge(partials: Sequence[Partial], tokens: Tensor, num_tokens: int) -> Tenso
     highest.scatter_reduce_(0, places, logs, "amax")
     weights = torch.exp(logs - highest[tokens])
     totals = torch.zeros_like(highest).index_add_(0, tokens, weights)
+    if sinks is not None:  # infinite where they leave nothing to the values
+        totals += torch.exp(sinks - highest)
     sums = logs.new_zeros((num_tokens, *outputs.shape[1:]))
     sums.index_add_(0, tokens, outputs.float() * weights[..., None])
     return (sums / totals[..., None]).to(outputs.dtype)

@@ -28,7 +28,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 # As safetensors headers spell them.
 STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # What else holds weights that are quantised.
-_CODE_DTYPES = ("I8", "I32", "I64", "F8_E4M3")
+_CODE_DTYPES = ("I8", "U8", "I32", "I64", "F8_E4M3")
 
 
 class Checkpoint:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from stage_worker.attention import PLAIN_SCORES, Query, Scores
-from stage_worker.attention_parts import Gathered, Part, Stretch, merge
+from stage_worker.attention_parts import Gathered, Part, Stretch, beside_sinks, merge
 from stage_worker.block_runs import runs_of
 from stage_worker.kv_cache import KvCache
 
@@ -84,12 +84,17 @@ class CpuAttention:
             return Plan(parts, None, merged=False)
         return Plan(parts, torch.tensor(tokens), merged=len(tokens) > num_tokens)
 
-    def attend(self, queries: Tensor, plan: Plan, cache: KvCache, layer: int) -> Tensor:
+    def attend(
+        self, queries: Tensor, plan: Plan, cache: KvCache, layer: int, sinks: Tensor | None = None
+    ) -> Tensor:
         partials = [part.attend(queries, cache, layer, self._scores) for part in plan.parts]
         if plan.merged:
             assert plan.tokens is not None
-            return merge(partials, plan.tokens, len(queries)).flatten(1)
-        outputs = [output for output, _ in partials]
+            return merge(partials, plan.tokens, len(queries), sinks).flatten(1)
+        if sinks is None:
+            outputs = [output for output, _ in partials]
+        else:
+            outputs = [beside_sinks(partial, sinks) for partial in partials]
         joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         if plan.tokens is not None:
             joined = torch.empty_like(queries).index_copy_(0, plan.tokens, joined)

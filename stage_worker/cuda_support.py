@@ -15,6 +15,7 @@ def check_supported(spec: ModelSpec) -> None:
     norms, scales, neutral = spec.norms, spec.scales, Scales()
     missing = {
         "capped attention scores (attn_logit_softcapping)": scales.attention_cap is not None,
+        "attention sinks": spec.sinks,
         "capped logits (final_logit_softcapping)": scales.logit_cap is not None,
         "scaled embeddings": scales.embedding != neutral.embedding,
         "scaled residuals (residual_multiplier)": scales.residual != neutral.residual,

@@ -143,7 +143,7 @@ class Decoder:
         queries, keys = turned.tensor_split([spec.num_heads], dim=1)
         self._write(i, batch, keys, values)
         plan = batch.reading[self._windows[i]]
-        attended = self._kernels.attention.attend(queries, plan, self._cache, i)
+        attended = self._kernels.attention.attend(queries, plan, self._cache, i, layer.sinks)
         return _adapted(layer.output, i, "output", attended, batch)
 
     def _normed(self, turned: Tensor, query_norm: Tensor, key_norm: Tensor) -> Tensor:

@@ -19,25 +19,25 @@ from torch import Tensor
 from stage_worker.expert_placement import Placement, Turn, turns
 from stage_worker.linear import Linear
 
-Activation = Callable[[Tensor], Tensor]
+Gate = Callable[[Tensor, Tensor], Tensor]
+"""Joins what the halves of gate_up gave, of which it may overwrite the second."""
 Add = Callable[[str, Tensor, Tensor], None]
 """Of a matrix's name here, what went in and what came out: adds to the latter."""
 
 
 @dataclass(frozen=True, slots=True)
 class DenseMlp:
-    """down(act(gate(x)) * up(x)), with gate and up as one matrix."""
+    """down(join(gate(x), up(x))), with gate and up as one matrix."""
 
     gate_up: Linear
     down: Linear
 
-    def __call__(self, x: Tensor, activation: Activation, add: Add | None = None) -> Tensor:
+    def __call__(self, x: Tensor, join: Gate, add: Add | None = None) -> Tensor:
         """[T, E] -> [T, E]; `add` adds to what either matrix gives."""
         both = self.gate_up(x)
         if add is not None:
             add("gate_up", x, both)
-        gate, up = both.chunk(2, dim=-1)
-        inner = activation(gate).mul_(up)
+        inner = join(*both.chunk(2, dim=-1))
         output = self.down(inner)
         if add is not None:
             add("down", inner, output)
@@ -51,10 +51,10 @@ class SharedExpert:
     mlp: DenseMlp
     gate: Linear
 
-    def __call__(self, x: Tensor, activation: Activation) -> Tensor:
+    def __call__(self, x: Tensor, join: Gate) -> Tensor:
         """[T, E] -> [T, E]"""
         # Not torch.sigmoid, whose bits depend on where in a tensor an element lies.
-        return self.mlp(x, activation).div_(1.0 + torch.exp(-self.gate(x)))
+        return self.mlp(x, join).div_(1.0 + torch.exp(-self.gate(x)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +107,14 @@ class SparseMlp:
         }
         self._turns = wanted
 
-    def __call__(self, x: Tensor, activation: Activation) -> Tensor:
+    def __call__(self, x: Tensor, join: Gate) -> Tensor:
         """[T, E] -> [T, E]"""
         chosen, weights = self._router(x)
         output = torch.zeros_like(x)
         for expert, tokens, shares in self._groups(chosen, weights.to(x.dtype)):
-            part = self._experts[expert](x[tokens], activation)
+            part = self._experts[expert](x[tokens], join)
             output.index_add_(0, tokens, part.mul_(shares))
-        return output if self._shared is None else output.add_(self._shared(x, activation))
+        return output if self._shared is None else output.add_(self._shared(x, join))
 
     def _groups(self, chosen: Tensor, weights: Tensor) -> list[tuple[int, Tensor, Tensor]]:
         """(expert, its tokens [n], their weights [n, 1]) of every expert here that has any, in

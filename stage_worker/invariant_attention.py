@@ -6,7 +6,7 @@
 Every matrix product has the same shape, [M, D] x [D, TILE] and [M, TILE] x [TILE, D], whatever the
 batch, and tiles are cut at absolute positions and visited in order, with a running maximum and sum
 (online softmax, arXiv 1805.02867). A tile in which a query sees nothing changes none of its bits:
-it is scaled by exp(0) and nothing is added.
+it is scaled by exp(0) and nothing is added. A sink is what was seen before the first tile.
 """
 
 from __future__ import annotations
@@ -27,9 +27,14 @@ _MAX_QUERIES = 4096
 
 
 def invariant_kernel(
-    group: Group, queries: Tensor, keys: Tensor, values: Tensor, scores: Scores
+    group: Group,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scores: Scores,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """queries: [R, n, H, D]; keys, values: [R, C, K, D], C a multiple of TILE."""
+    """queries: [R, n, H, D]; keys, values: [R, C, K, D], C a multiple of TILE; sinks: [H]."""
     num_rows, num_queries, num_heads, head_dim = queries.shape
     num_kv_heads = keys.shape[2]
     grouped = queries.view(num_rows, num_queries, num_kv_heads, -1, head_dim)
@@ -38,13 +43,13 @@ def invariant_kernel(
     grouped = grouped.transpose(1, 2).reshape(num_rows, num_kv_heads, -1, head_dim)
     mask = mask.reshape(num_rows, 1, -1, mask.shape[-1]).expand(-1, num_kv_heads, -1, -1)
     keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+    # Without sinks: one that weighs nothing beside any score.
+    first = grouped.new_full((num_heads,), _LOWEST) if sinks is None else sinks
+    first = first.view(1, num_kv_heads, 1, -1).expand(num_rows, -1, num_queries, -1).flatten(2)
+    split = (torch.split(each, _MAX_QUERIES, dim=2) for each in (grouped, mask, first))
     pieces = [
-        _attend_tiles(piece, keys, values, piece_mask, scores)
-        for piece, piece_mask in zip(
-            torch.split(grouped, _MAX_QUERIES, dim=2),
-            torch.split(mask, _MAX_QUERIES, dim=2),
-            strict=True,
-        )
+        _attend_tiles(some, keys, values, some_mask, scores, some_first)
+        for some, some_mask, some_first in zip(*split, strict=True)
     ]
     output = torch.cat(pieces, dim=2)
     output = output.view(num_rows, num_kv_heads, num_queries, -1, head_dim).transpose(1, 2)
@@ -52,9 +57,10 @@ def invariant_kernel(
 
 
 def _attend_tiles(
-    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scores: Scores
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scores: Scores, first: Tensor
 ) -> Tensor:
-    """queries: [R, K, S, D]; keys, values: [R, K, C, D]; mask: [R, K, S, C] -> [R, K, S, D]."""
+    """queries: [R, K, S, D]; keys, values: [R, K, C, D]; mask: [R, K, S, C]; first: [R, K, S]
+    -> [R, K, S, D]."""
     num_queries, head_dim = queries.shape[2:]
     padding = -num_queries % QUERY_BLOCK
     queries = torch.nn.functional.pad(queries * scores.factor(head_dim), (0, 0, 0, padding))
@@ -63,8 +69,8 @@ def _attend_tiles(
     num_blocks = queries.shape[2] // QUERY_BLOCK
     blocks = queries.reshape(-1, QUERY_BLOCK, head_dim)
     masks = mask.reshape(-1, QUERY_BLOCK, mask.shape[-1])
-    highest = blocks.new_full((*blocks.shape[:2], 1), _LOWEST)
-    total, output = torch.zeros_like(highest), torch.zeros_like(blocks)
+    highest = torch.nn.functional.pad(first, (0, padding)).reshape(-1, QUERY_BLOCK, 1)
+    total, output = torch.ones_like(highest), torch.zeros_like(blocks)
     for start in range(0, keys.shape[2], TILE):
         seen = masks[:, :, start : start + TILE]
         tile_keys, tile_values = (

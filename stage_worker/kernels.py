@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,19 +13,23 @@ from torch import Tensor
 
 from stage_worker.attention import Attention, Scores
 from stage_worker.cpu_attention import CpuAttention
+from stage_worker.experts import Gate
 from stage_worker.invariant_attention import TILE, invariant_kernel
 from stage_worker.padded_attention import PaddedAttention, fast_kernel
 from stagemesh.errors import ConfigError
 from stagemesh.families import GELU_TANH, SILU
 from stagemesh.model_spec import ModelSpec
+from stagemesh.moe_spec import ClampedSwiglu
+
+_Function = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """`attention` reads the pages, `gate` is the gate of the feed-forward part."""
+    """`attention` reads the pages, `gate` joins the halves of a feed-forward part."""
 
     attention: Attention[Any]
-    gate: Callable[[Tensor], Tensor]
+    gate: Gate
 
 
 def choose_kernels(
@@ -32,8 +37,8 @@ def choose_kernels(
 ) -> Kernels:
     """Raises ConfigError where `batch_invariant` cannot be kept."""
     scores = Scores(spec.scales.attention, spec.scales.attention_cap)
+    gate = _choose_gate(spec, exact=batch_invariant)
     if not batch_invariant:
-        gate = _FAST_GATES[spec.activation]
         if device.type == "cpu":
             return Kernels(CpuAttention(scores), gate)
         return Kernels(PaddedAttention(fast_kernel, 1, scores), gate)
@@ -42,7 +47,29 @@ def choose_kernels(
     if not torch._C._has_mkldnn:
         raise ConfigError("batch_invariant needs a torch with oneDNN")
     attention = PaddedAttention(invariant_kernel, TILE, scores)
-    return Kernels(attention, _EXACT_GATES[spec.activation])
+    return Kernels(attention, gate)
+
+
+def _choose_gate(spec: ModelSpec, *, exact: bool) -> Gate:
+    swiglu = spec.moe.swiglu if spec.moe is not None else None
+    if swiglu is not None:  # a model that has one has it in every layer
+        return partial(_clamped, swiglu, _exact_sigmoid if exact else torch.sigmoid)
+    return partial(_gated, (_EXACT if exact else _FAST)[spec.activation])
+
+
+def _gated(activation: _Function, gate: Tensor, up: Tensor) -> Tensor:
+    return activation(gate).mul_(up)
+
+
+def _clamped(swiglu: ClampedSwiglu, sigmoid: _Function, gate: Tensor, up: Tensor) -> Tensor:
+    gate = gate.clamp(max=swiglu.limit)
+    up.clamp_(-swiglu.limit, swiglu.limit).add_(1.0)
+    return sigmoid(gate * swiglu.alpha).mul_(gate).mul_(up)
+
+
+def _exact_sigmoid(x: Tensor) -> Tensor:
+    """As `_exact_silu`."""
+    return 1.0 / (1.0 + torch.exp(-x))
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -63,6 +90,5 @@ def _exact_gelu_tanh(x: Tensor) -> Tensor:
     return x / (1.0 + torch.exp(-twice))
 
 
-_Gates = dict[str, Callable[[Tensor], Tensor]]
-_FAST_GATES: _Gates = {SILU: torch.nn.functional.silu, GELU_TANH: _gelu_tanh}
-_EXACT_GATES: _Gates = {SILU: _exact_silu, GELU_TANH: _exact_gelu_tanh}
+_FAST: dict[str, _Function] = {SILU: torch.nn.functional.silu, GELU_TANH: _gelu_tanh}
+_EXACT: dict[str, _Function] = {SILU: _exact_silu, GELU_TANH: _exact_gelu_tanh}

@@ -7,6 +7,7 @@ a model with tied embeddings consists of the embedding's tensor. Knows nothing o
 from __future__ import annotations
 
 from stage_worker import weight_names as roles
+from stage_worker.expert_stacks import stack_of
 from stage_worker.weight_names import is_sparse, layer_names, moe_names, tensor_name
 from stagemesh.errors import SpanError
 from stagemesh.model_spec import ModelSpec
@@ -45,8 +46,11 @@ def part_tensors(spec: ModelSpec, part: str) -> dict[str, Shape]:
     """Names and shapes of the tensors that files have of one part."""
     tensors: dict[str, Shape] = {}
     for name, shape in part_weights(spec, part).items():
-        way = stored_way(spec, name)
-        tensors |= {name: shape} if way is None else stored_tensors(name, shape, way)
+        way, stack = stored_way(spec, name), stack_of(spec, name, shape)
+        if stack is not None:
+            tensors |= stack.tensors
+        else:
+            tensors |= {name: shape} if way is None else stored_tensors(name, shape, way)
     return tensors
 
 
@@ -77,30 +81,33 @@ def head_name(spec: ModelSpec) -> str:
 
 def layer_tensors(spec: ModelSpec, layer: int) -> dict[str, Shape]:
     """Names and shapes of one decoder layer's weights."""
-    linears, norms = _linears(spec), _norms(spec)
+    linears, vectors = _linears(spec), _vectors(spec)
     shapes: dict[str, Shape] = {}
     for name, held in layer_names(spec, layer).items():
         weight = tensor_name(layer, name)
-        if held[0] in norms:
-            shapes[weight] = (norms[held[0]],)
+        if held[0] in vectors:
+            shapes[weight] = (vectors[held[0]],)
             continue
         num_outputs = sum(linears[role][0] for role in held)
         _, num_inputs, has_bias = linears[held[0]]
         shapes[weight] = (num_outputs, num_inputs)
         if has_bias:
-            shapes[weight.removesuffix("weight") + "bias"] = (num_outputs,)
+            shapes[bias_name(weight)] = (num_outputs,)
     if is_sparse(spec, layer):
         assert spec.moe is not None
-        experts = _expert_tensors(spec, spec.moe)
-        shapes |= {tensor_name(layer, name): shape for name, shape in experts.items()}
+        for name, shape in _expert_tensors(spec, spec.moe).items():
+            weight = tensor_name(layer, name)
+            shapes[weight] = shape
+            if spec.moe.biased:
+                shapes[bias_name(weight)] = shape[:1]
     return shapes
 
 
 def _expert_tensors(spec: ModelSpec, moe: MoeSpec) -> dict[str, Shape]:
     """Names, without a layer, and shapes of all matrices of a mixture of experts."""
-    module, names = moe_names(spec)
+    module, router, names = moe_names(spec)
     hidden = spec.hidden_size
-    shapes: dict[str, Shape] = {f"{module}.gate": (moe.num_experts, hidden)}
+    shapes: dict[str, Shape] = {f"{module}.{router}": (moe.num_experts, hidden)}
     parts = {f"{module}.experts.{i}": moe.intermediate_size for i in range(moe.num_experts)}
     if moe.shared_size:
         parts[f"{module}.shared_expert"] = moe.shared_size
@@ -127,7 +134,11 @@ def _linears(spec: ModelSpec) -> dict[str, tuple[int, int, bool]]:
     }
 
 
-def _norms(spec: ModelSpec) -> dict[str, int]:
+def bias_name(weight: str) -> str:
+    return weight.removesuffix("weight") + "bias"
+
+
+def _vectors(spec: ModelSpec) -> dict[str, int]:
     """By role: how many numbers."""
     whole = spec.norms.projections
     hidden = (roles.INPUT_NORM, roles.ATTENDED_NORM, roles.MLP_NORM, roles.MLP_OUTPUT_NORM)
@@ -135,6 +146,7 @@ def _norms(spec: ModelSpec) -> dict[str, int]:
         **dict.fromkeys(hidden, spec.hidden_size),
         roles.QUERY_NORM: spec.head_dim * (spec.num_heads if whole else 1),
         roles.KEY_NORM: spec.head_dim * (spec.num_kv_heads if whole else 1),
+        roles.SINKS: spec.num_heads,
     }
 
 

@@ -33,9 +33,15 @@ class Group:
 
 class GroupKernel(Protocol):
     def __call__(
-        self, group: Group, queries: Tensor, keys: Tensor, values: Tensor, scores: Scores
+        self,
+        group: Group,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scores: Scores,
+        sinks: Tensor | None,
     ) -> Tensor:
-        """queries: [R, n, H, D]; keys, values: [R, C, K, D] -> [R, n, H, D]."""
+        """queries: [R, n, H, D]; keys, values: [R, C, K, D]; sinks: [H] -> [R, n, H, D]."""
         ...
 
 
@@ -50,12 +56,19 @@ class PaddedAttention:
     def plan(self, rows: Sequence[Query], window: int | None, cache: KvCache) -> list[Group]:
         return plan_groups(rows, window, self._tile)
 
-    def attend(self, queries: Tensor, plan: list[Group], cache: KvCache, layer: int) -> Tensor:
+    def attend(
+        self,
+        queries: Tensor,
+        plan: list[Group],
+        cache: KvCache,
+        layer: int,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
         output = torch.empty_like(queries)
         for group in plan:
             keys, values = cache.read(layer, group.slots)
             own = queries[group.tokens]
-            output[group.tokens] = self._kernel(group, own, keys, values, self._scores)
+            output[group.tokens] = self._kernel(group, own, keys, values, self._scores, sinks)
         return output.flatten(1)
 
 
@@ -91,11 +104,17 @@ def _padded(slots: Tensor, length: int) -> Tensor:
 
 
 def fast_kernel(
-    group: Group, queries: Tensor, keys: Tensor, values: Tensor, scores: Scores
+    group: Group,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scores: Scores,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """torch's fused kernel, which knows no cap. With one query a row, the query heads of a KV head
-    are its queries."""
+    """torch's fused kernel, which knows no cap and no sinks. With one query a row, the query heads
+    of a KV head are its queries."""
     assert scores.cap is None
+    assert sinks is None
     _, num_queries, num_heads, head_dim = queries.shape
     keys, values, mask = keys.transpose(1, 2), values.transpose(1, 2), group.mask[:, None]
     if num_queries == 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stage_worker.checkpoint import INDEX, Checkpoint
-from stage_worker.layout import EMBEDDING, HEAD, all_parts, is_quantisable, part_weights
+from stage_worker.expert_stacks import stack_of
+from stage_worker.layout import (
+    EMBEDDING,
+    HEAD,
+    Shape,
+    all_parts,
+    is_quantisable,
+    part_weights,
+    stored_way,
+)
 from stage_worker.linear import rows_per_piece
 from stage_worker.quantise import to_int4, to_int8
+from stage_worker.stacked_weights import Mxfp4Source, float_view
+from stage_worker.weight_source import FloatSource, WeightSource
 from stagemesh.errors import CheckpointError, ConfigError
 from stagemesh.model_spec import ModelSpec
 from stagemesh.quantization import AUTO, INT8, NONE, Quantization, group_size
@@ -78,37 +89,54 @@ class _Writer:
             return {}
         tensors: dict[str, Tensor] = {}
         for name, shape in part_weights(self._spec, part).items():
-            view = self._files.view(name, shape)
             if scheme == NONE or not (is_quantisable(name) or name == EMBEDDING):
-                tensors[name] = view
+                tensors[name] = self._plain(name, shape)
             else:
                 module = (HEAD if name == EMBEDDING else name).removesuffix("weight")
-                tensors |= _int8(module, view) if scheme == INT8 else _int4(module, view, scheme)
+                matrix = self._matrix(name, shape)
+                tensors |= (
+                    _int8(module, matrix) if scheme == INT8 else _int4(module, matrix, scheme)
+                )
         return tensors
 
+    def _plain(self, name: str, shape: Shape) -> Tensor:
+        """What is a tensor of floats in the result."""
+        if stored_way(self._spec, name) is None:
+            return float_view(self._files, self._spec, name, shape).contiguous()
+        return self._matrix(name, shape).dense(0, shape[0]).bfloat16()
 
-def _int8(module: str, view: Tensor) -> dict[str, Tensor]:
-    pieces = [to_int8(piece) for piece in _pieces(view)]
+    def _matrix(self, name: str, shape: Shape) -> WeightSource:
+        stack = stack_of(self._spec, name, shape)
+        if stack is not None and stored_way(self._spec, name) is not None:
+            return Mxfp4Source.open(self._files, stack)
+        return FloatSource(float_view(self._files, self._spec, name, shape))
+
+
+def _int8(module: str, matrix: WeightSource) -> dict[str, Tensor]:
+    pieces = [to_int8(piece) for piece in _pieces(matrix)]
     return {
         module + "weight": torch.cat([piece.values for piece in pieces]),
         module + "weight_scale": torch.cat([piece.scales for piece in pieces]),
     }
 
 
-def _int4(module: str, view: Tensor, scheme: str) -> dict[str, Tensor]:
-    pieces = [to_int4(piece, group_size(scheme)) for piece in _pieces(view)]
-    num_inputs = view.shape[1]
+def _int4(module: str, matrix: WeightSource, scheme: str) -> dict[str, Tensor]:
+    pieces = [to_int4(piece, group_size(scheme)) for piece in _pieces(matrix)]
+    num_inputs = matrix.shape[1]
     zeros = torch.cat([piece.zeros for piece in pieces])
     return {
         module + "weight_packed": torch.cat([_pack(x.values[:, :num_inputs]) for x in pieces]),
         module + "weight_scale": torch.cat([piece.scales for piece in pieces]).bfloat16(),
         module + "weight_zero_point": _pack(zeros.t()).t().contiguous(),
-        module + "weight_shape": torch.tensor(view.shape, dtype=torch.int64),
+        module + "weight_shape": torch.tensor(matrix.shape, dtype=torch.int64),
     }
 
 
-def _pieces(view: Tensor) -> list[Tensor]:
-    return list(torch.split(view, rows_per_piece(view.shape[1])))
+def _pieces(matrix: WeightSource) -> Iterator[Tensor]:
+    num_outputs, num_inputs = matrix.shape
+    size = rows_per_piece(num_inputs)
+    for start in range(0, num_outputs, size):
+        yield matrix.dense(start, min(start + size, num_outputs))
 
 
 def _pack(codes: Tensor) -> Tensor:
@@ -163,7 +191,8 @@ def _check(spec: ModelSpec, quantization: Quantization, out_dir: Path) -> None:
     schemes.add(quantization.head)
     if AUTO in schemes or schemes == {NONE}:
         raise ConfigError(f"--scheme {quantization}: say what is to be int8 or int4")
-    if spec.stored is not None:
+    # Of a model that is published as MXFP4 there is no other original.
+    if spec.stored is not None and not spec.stored.is_mxfp4:
         raise CheckpointError("the model is quantised already: take the original")
     if out_dir.exists() and any(out_dir.iterdir()):
         raise ConfigError(f"{out_dir} is not empty")

@@ -44,7 +44,9 @@ SPLITS = {
     "w3": Split.OUTPUTS,
     "w2": Split.INPUTS,
     "gate": Split.WHOLE,  # of experts: every rank chooses the same ones
+    "router": Split.WHOLE,  # as some families call it
     "shared_expert_gate": Split.WHOLE,
+    "sinks": Split.OUTPUTS,  # a number for each query head
     "q_norm": Split.EACH_HEAD,
     "k_norm": Split.EACH_HEAD,
     "input_layernorm": Split.WHOLE,
@@ -98,6 +100,8 @@ class Shards:
         if self.whole_experts and expert is not None:
             return EVERYTHING if expert in self.placement[self.expert_rank] else None
         module, kind = name.split(".")[-2:]
+        if kind == "sinks":  # a tensor of no module
+            module = kind
         split = SPLITS.get(module)
         if self.spec.norms.projections:
             split = OVER_ALL_HEADS.get(module, split)

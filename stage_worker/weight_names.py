@@ -17,9 +17,13 @@ GATE, UP, DOWN = "gate", "up", "down"
 INPUT_NORM, MLP_NORM = "input_norm", "mlp_norm"
 ATTENDED_NORM, MLP_OUTPUT_NORM = "attended_norm", "mlp_output_norm"
 QUERY_NORM, KEY_NORM = "query_norm", "key_norm"
+SINKS = "sinks"
 
 Names = Mapping[str, tuple[str, ...]]
 """Of a tensor, without its layer and ".weight": the roles of what it holds."""
+
+# Of no module: a tensor of its own, whose name does not end with ".weight".
+_SINKS_NAME = "self_attn.sinks"
 
 _ATTENTION: Names = {
     "self_attn.q_proj": (QUERY,),
@@ -56,7 +60,13 @@ _PHI3: Names = {
     "mlp.gate_up_proj": (GATE, UP),
     "mlp.down_proj": (DOWN,),
 }
-_TABLES = {"gemma2": _GEMMA, "gemma3_text": _GEMMA, "olmo2": _OLMO2, "phi3": _PHI3}
+_TABLES = {
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "olmo2": _OLMO2,
+    "phi3": _PHI3,
+    "gpt_oss": {**_LLAMA, _SINKS_NAME: (SINKS,)},
+}
 
 
 class MlpNames(NamedTuple):
@@ -68,6 +78,15 @@ class MlpNames(NamedTuple):
 
 
 _DENSE = MlpNames("gate_proj", "up_proj", "down_proj")
+
+
+class MoeNames(NamedTuple):
+    """Of the module of a layer that holds the experts; in it, of what chooses them, and of the
+    matrices of each."""
+
+    module: str
+    router: str
+    expert: MlpNames
 
 
 def layer_names(spec: ModelSpec, layer: int) -> Names:
@@ -86,16 +105,15 @@ def is_sparse(spec: ModelSpec, layer: int) -> bool:
     return spec.moe is not None and spec.moe.sparse[layer]
 
 
-def moe_names(spec: ModelSpec) -> tuple[str, MlpNames]:
-    """Of the module of a layer that holds the experts, and of an expert's matrices."""
+def moe_names(spec: ModelSpec) -> MoeNames:
     if spec.family == "mixtral":
-        return "block_sparse_moe", MlpNames("w1", "w3", "w2")
-    return "mlp", _DENSE
+        return MoeNames("block_sparse_moe", "gate", MlpNames("w1", "w3", "w2"))
+    return MoeNames("mlp", "router" if spec.family == "gpt_oss" else "gate", _DENSE)
 
 
 def tensor_name(layer: int, name: str) -> str:
     """In full, of a weight."""
-    return f"model.layers.{layer}.{name}.weight"
+    return f"model.layers.{layer}.{name}" + ("" if name == _SINKS_NAME else ".weight")
 
 
 def names_of(spec: ModelSpec, layer: int, *roles: str) -> list[str]:

@@ -76,7 +76,9 @@ class FloatSource:
         return 8 * self._view.itemsize
 
     def dense(self, start: int, end: int) -> Tensor:
-        return self._view[start:end]
+        rows = self._view[start:end]
+        # Kernels take rows; some files have columns.
+        return rows if rows.stride(1) == 1 else rows.contiguous()
 
     def codes(self, start: int, end: int) -> Codes:
         raise AssertionError("floats are no codes")

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from stage_worker import weight_names as roles
 from stage_worker.checkpoint import Checkpoint
+from stage_worker.expert_stacks import stack_of
 from stage_worker.experts import DenseMlp, Router, SharedExpert, SparseMlp
 from stage_worker.layout import (
     EMBEDDING,
     NORM,
     all_parts,
+    bias_name,
     head_name,
     is_quantisable,
     part_weights,
@@ -29,6 +31,7 @@ from stage_worker.layout import (
 from stage_worker.linear import Linear, LinearSource, PlainLinear
 from stage_worker.linear_schemes import Numerics, choose_scheme, make_float
 from stage_worker.sharding import Shards
+from stage_worker.stacked_weights import Mxfp4Source, float_view
 from stage_worker.stored_weights import open_codes
 from stage_worker.weight_names import is_sparse, moe_names, names_of, tensor_name
 from stage_worker.weight_source import FloatSource, WeightSource, part_of
@@ -40,13 +43,14 @@ from stagemesh.plan import Span
 class LayerWeights:
     """Norms are there as far as the model has them: of what attention and the feed-forward part
     take (`input_norm`, `mlp_norm`), of what they give (`attended_norm`, `mlp_output_norm`), of
-    queries and keys.
+    queries and keys. `sinks` [heads] are float32.
     """
 
     input_norm: Tensor | None
     qkv: Linear
     query_norm: Tensor | None
     key_norm: Tensor | None
+    sinks: Tensor | None
     output: Linear
     attended_norm: Tensor | None
     mlp_norm: Tensor | None
@@ -137,11 +141,14 @@ class WeightLoader:
             found = names_of(self._spec, layer, role)
             return self._norm(found[0]) if found else None
 
+        sinks = names_of(self._spec, layer, roles.SINKS)
+
         return LayerWeights(
             input_norm=norm(roles.INPUT_NORM),
             qkv=linear(roles.QUERY, roles.KEY, roles.VALUE),
             query_norm=norm(roles.QUERY_NORM),
             key_norm=norm(roles.KEY_NORM),
+            sinks=self._vector(sinks[0], torch.float32) if sinks else None,
             output=linear(roles.OUTPUT),
             attended_norm=norm(roles.ATTENDED_NORM),
             mlp_norm=norm(roles.MLP_NORM),
@@ -154,12 +161,12 @@ class WeightLoader:
     def _experts(self, layer: int) -> SparseMlp:
         moe, shards = self._spec.moe, self._shards
         assert moe is not None
-        module, _ = moe_names(self._spec)
+        module, router_name, _ = moe_names(self._spec)
         shared = None
         if moe.shared_size:
             gate = self._plain(tensor_name(layer, f"{module}.shared_expert_gate"))
             shared = SharedExpert(self._mlp_of(layer, "shared_expert"), gate)
-        scores = self._plain(tensor_name(layer, f"{module}.gate"))
+        scores = self._plain(tensor_name(layer, f"{module}.{router_name}"))
         router = Router(scores, moe.num_chosen, moe.renormalised)
         load = partial(self.expert, layer)
         return SparseMlp(router, shards.placement, shards.expert_rank, load, shared)
@@ -173,24 +180,26 @@ class WeightLoader:
 
     def _mlp_of(self, layer: int, name: str) -> DenseMlp:
         """Of a layer's mixture of experts: the one of that name."""
-        module, names = moe_names(self._spec)
+        module, _, names = moe_names(self._spec)
         gate, up, down = (tensor_name(layer, f"{module}.{name}.{each}") for each in names)
         part = f"layer.{layer}"
         return DenseMlp(self._linear(part, gate, up), self._linear(part, down))
 
     def _linear(self, part: str, *names: str) -> Linear:
-        biases = [name.removesuffix("weight") + "bias" for name in names]
-        source = LinearSource(
-            [source for name in names for source in self._sources(name)],
-            [self._view(name) for name in biases if name in self._shapes and self._has(name)],
-            self._on_bytes,
-        )
+        source = self._source(*names)
         return choose_scheme(part, source.weights, self._numerics).make(source, self._numerics)
 
     def _plain(self, name: str) -> Linear:
         """A matrix that is never quantised."""
-        source = LinearSource(self._sources(name), [], self._on_bytes)
-        return make_float(source, self._numerics)
+        return make_float(self._source(name), self._numerics)
+
+    def _source(self, *names: str) -> LinearSource:
+        biases = map(bias_name, names)
+        return LinearSource(
+            [source for name in names for source in self._sources(name)],
+            [self._view(name) for name in biases if name in self._shapes and self._has(name)],
+            self._on_bytes,
+        )
 
     def _embedding(self) -> Tensor:
         source = LinearSource(self._sources(EMBEDDING), [], self._on_bytes)
@@ -202,6 +211,8 @@ class WeightLoader:
     def _float_bytes(self, name: str) -> int:
         """Of what is never quantised: biases, norms, and what chooses experts."""
         dtype = self._norm_dtype() if name.endswith("norm.weight") else self._numerics.dtype
+        if name.endswith("sinks"):
+            dtype = torch.float32
         return self._view(name).numel() * dtype.itemsize
 
     def _embedding_dtype(self) -> torch.dtype:
@@ -211,9 +222,12 @@ class WeightLoader:
 
     def _norm(self, name: str) -> Tensor:
         """What is multiplied by, whatever of it files leave out."""
-        stored = self._view(name).to(self._numerics.device, self._norm_dtype(), copy=True)
+        return self._vector(name, self._norm_dtype()).add_(self._spec.norms.offset)
+
+    def _vector(self, name: str, dtype: torch.dtype) -> Tensor:
+        stored = self._view(name).to(self._numerics.device, dtype, copy=True)
         self._on_bytes(stored.nbytes)
-        return stored.add_(self._spec.norms.offset)
+        return stored
 
     def _norm_dtype(self) -> torch.dtype:
         return torch.float32 if self._spec.norms.wide else self._numerics.dtype
@@ -223,8 +237,12 @@ class WeightLoader:
         shape, way = self._shapes[name], stored_way(self._spec, name)
         parts = self._shards.parts(name, shape)
         if way is None:
-            view = self._files.view(name, shape)
+            view = float_view(self._files, self._spec, name, shape)
             return [FloatSource(view[part.rows, part.columns]) for part in parts]
+        stack = stack_of(self._spec, name, shape)
+        if stack is not None:
+            stacked = Mxfp4Source.open(self._files, stack)
+            return [stacked.part(part) for part in parts]
         codes = open_codes(self._files, name, shape, way)
         return [part_of(codes, part, name) for part in parts]
 
@@ -236,5 +254,5 @@ class WeightLoader:
         shape = self._shapes[name]
         part = self._shards.part(name, shape)
         assert part is not None
-        view = self._files.view(name, shape)
+        view = float_view(self._files, self._spec, name, shape)
         return view[part.rows] if len(shape) == 1 else view[part.rows, part.columns]

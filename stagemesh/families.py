@@ -32,6 +32,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_bidirectional_attention": (None, False),
     "clip_qkv": (None,),
     "qk_layernorm": (None, False),
+    "swiglu_alpha": (None,),
+    "swiglu_limit": (None,),
     "num_local_experts": (None, 0, 1),
     "num_experts": (None, 0),
     "add_cross_attention": (None, False),
@@ -75,7 +77,8 @@ class Scales:
 class Family:
     """`understands`: keys that it looks at and others have to leave neutral. `attention_bias`,
     `mlp_bias`: whether the key of that name is looked at; `qkv_bias`: whether there is always one.
-    Other defaults are those that transformers takes where the key is missing.
+    `sinks`: attention has a score of each head beside those of the keys, of no value. Other
+    defaults, also `has_attention_bias`, are those that transformers takes where the key is missing.
     """
 
     name: str
@@ -84,7 +87,9 @@ class Family:
     activation: str = SILU
     qkv_bias: bool = False
     attention_bias: bool = False
+    has_attention_bias: bool = False
     mlp_bias: bool = False
+    sinks: bool = False
     tie_embeddings: bool = False
     head_dim: int | None = None
     rms_norm_eps: float = 1e-6
@@ -97,6 +102,7 @@ _GRANITE_KEYS = frozenset(
     {"embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"}
 )
 _EXPERT_KEYS = frozenset({"num_local_experts", "num_experts"})
+_GPT_OSS_KEYS = _EXPERT_KEYS | {"swiglu_alpha", "swiglu_limit"}
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": Family("llama", attention_bias=True, mlp_bias=True),
     "MistralForCausalLM": Family("mistral"),
@@ -106,6 +112,16 @@ FAMILIES: dict[str, Family] = {
     "Qwen2MoeForCausalLM": Family("qwen2_moe", understands=_EXPERT_KEYS, qkv_bias=True),
     "Qwen3MoeForCausalLM": Family(
         "qwen3_moe", Norms(heads=True), understands=_EXPERT_KEYS, attention_bias=True
+    ),
+    "GptOssForCausalLM": Family(
+        "gpt_oss",
+        Norms(wide=True),
+        understands=_GPT_OSS_KEYS,
+        attention_bias=True,
+        has_attention_bias=True,
+        sinks=True,
+        head_dim=64,
+        rms_norm_eps=1e-5,
     ),
     "Phi3ForCausalLM": Family("phi3", rms_norm_eps=1e-5),
     "GraniteForCausalLM": Family(

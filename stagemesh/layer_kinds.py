@@ -20,7 +20,16 @@ Ropes = tuple[tuple[RopeSpec, ...], tuple[int | None, ...]]
 """The rotary embeddings of a model, and which of them each layer has; None for none."""
 
 # Every how many layers one has the whole context, where the config does not name the layers.
-_PATTERNS = {"gemma2": 2, "gemma3_text": 6}
+_PATTERNS = {"gemma2": 2, "gemma3_text": 6, "gpt_oss": 2}
+# What transformers takes of GPT-OSS where the config says nothing.
+_GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
 
 
 def layer_windows(config: Mapping[str, Any], family: Family, num_layers: int) -> Windows:
@@ -33,7 +42,9 @@ def layer_windows(config: Mapping[str, Any], family: Family, num_layers: int) ->
         case "qwen2" | "qwen3" | "qwen2_moe" | "qwen3_moe":
             return _qwen_windows(config, num_layers)
         case "gemma2" | "gemma3_text":
-            return _gemma_windows(config, family, num_layers)
+            return _alternating_windows(config, family, num_layers, 4096)
+        case "gpt_oss":
+            return _alternating_windows(config, family, num_layers, 128)
         case "smollm3":
             return _smollm3_windows(config, num_layers)
     return (None,) * num_layers
@@ -54,6 +65,10 @@ def layer_ropes(
             rope = parse_rope(config, max_position, default_theta=2e6)
             rotated = _rotated_layers(config, len(windows))
             return (rope,), tuple(0 if rotates else None for rotates in rotated)
+        case "gpt_oss":
+            if not config.get("rope_parameters") and not config.get("rope_scaling"):
+                config = {**config, "rope_scaling": _GPT_OSS_ROPE}
+            return (parse_rope(config, max_position, default_theta=150000.0),), everywhere
     return (parse_rope(config, max_position),), everywhere
 
 
@@ -77,10 +92,12 @@ def _qwen_windows(config: Mapping[str, Any], num_layers: int) -> Windows:
     return tuple(window if sliding else None for sliding in _slides(config, num_layers))
 
 
-def _gemma_windows(config: Mapping[str, Any], family: Family, num_layers: int) -> Windows:
-    if config.get("sliding_window", 4096) is None:
+def _alternating_windows(
+    config: Mapping[str, Any], family: Family, num_layers: int, default: int
+) -> Windows:
+    if config.get("sliding_window", default) is None:
         raise UnsupportedModel(f"sliding_window None is not supported in {family.name} models")
-    window = integer(config, "sliding_window", 4096)
+    window = integer(config, "sliding_window", default)
     if config.get("layer_types") is None:
         pattern = _PATTERNS[family.name]
         if family.name == "gemma3_text":

@@ -19,7 +19,7 @@ from stagemesh.families import Norms, Scales, find_family, has_qkv_bias, parse_s
 from stagemesh.layer_kinds import layer_ropes, layer_windows
 from stagemesh.moe_spec import MoeSpec, parse_moe
 from stagemesh.rope_spec import RopeSpec
-from stagemesh.stored_format import StoredFormat, parse_stored_format
+from stagemesh.stored_format import MXFP4_BLOCK, StoredFormat, parse_stored_format
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -53,6 +53,7 @@ class ModelSpec:
     norms: Norms
     scales: Scales
     activation: str
+    sinks: bool
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
@@ -107,7 +108,9 @@ def parse_config(config: Mapping[str, Any], generation: Mapping[str, Any]) -> Mo
     num_heads = integer(config, "num_attention_heads")
     hidden_size = integer(config, "hidden_size")
     max_position = integer(config, "max_position_embeddings")
-    attention_bias = family.attention_bias and bool(config.get("attention_bias", False))
+    attention_bias = family.attention_bias and bool(
+        config.get("attention_bias", family.has_attention_bias)
+    )
     windows = layer_windows(config, family, num_layers)
     ropes, rope_of_layer = layer_ropes(config, family, windows, max_position)
     spec = ModelSpec(
@@ -128,6 +131,7 @@ def parse_config(config: Mapping[str, Any], generation: Mapping[str, Any]) -> Mo
         norms=family.norms,
         scales=parse_scales(config, family, hidden_size),
         activation=family.activation,
+        sinks=family.sinks,
         qkv_bias=has_qkv_bias(config, family) or attention_bias,
         output_bias=attention_bias,
         mlp_bias=family.mlp_bias and bool(config.get("mlp_bias", False)),
@@ -151,6 +155,7 @@ def _dtype(config: Mapping[str, Any]) -> str:
 
 
 def _check(spec: ModelSpec) -> None:
+    _check_mxfp4(spec)
     if spec.num_heads % spec.num_kv_heads:
         raise CheckpointError(
             f"config.json: num_attention_heads {spec.num_heads} is no multiple of "
@@ -172,6 +177,23 @@ def _check(spec: ModelSpec) -> None:
                 raise CheckpointError(
                     f"config.json: {key} has {len(factors)} numbers for {rotated // 2} frequencies"
                 )
+
+
+def _check_mxfp4(spec: ModelSpec) -> None:
+    if spec.stored is None or not spec.stored.is_mxfp4:
+        return
+    if spec.family != "gpt_oss":
+        raise UnsupportedModel(
+            f"quantization_config: quant_method 'mxfp4' is not supported in {spec.family} models"
+        )
+    for key, size in (
+        ("hidden_size", spec.hidden_size),
+        ("intermediate_size", spec.intermediate_size),
+    ):
+        if size % MXFP4_BLOCK:
+            raise CheckpointError(
+                f"config.json: {key} {size} is no multiple of mxfp4's blocks of {MXFP4_BLOCK}"
+            )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,18 +1,28 @@
 """What a mixture of experts is: the meaning of those keys of config.json.
 
-Covers Mixtral, Qwen2-MoE and Qwen3-MoE: a softmax over all experts, of which a token's likeliest
-few are taken. Knows neither tensors nor files of weights.
+Covers Mixtral, Qwen2-MoE, Qwen3-MoE and GPT-OSS: a softmax over all experts, of which a token's
+likeliest few are taken. Knows neither tensors nor files of weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from stagemesh.config_values import number
 from stagemesh.errors import CheckpointError
 
-_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
+_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
+
+
+@dataclass(frozen=True, slots=True)
+class ClampedSwiglu:
+    """(up + 1) * gate * sigmoid(alpha * gate), of a gate that is `limit` at most and of an up
+    within [-limit, limit]."""
+
+    alpha: float
+    limit: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +30,10 @@ class MoeSpec:
     """`num_chosen` of `num_experts` experts take each token, in those layers that are `sparse`.
 
     `intermediate_size` is that of one expert, `shared_size` that of the expert that takes every
-    token, 0 where there is none. `renormalised`: the weights of a token's experts sum up to one.
+    token, 0 where there is none. `renormalised`: the weights of a token's experts sum up to one,
+    as those of a softmax over their scores alone do. `biased`: router and experts have biases.
+    `swiglu` is what joins the halves of an expert, None where it is what the model's activation
+    says.
     """
 
     num_experts: int
@@ -29,6 +42,8 @@ class MoeSpec:
     shared_size: int
     renormalised: bool
     sparse: tuple[bool, ...]
+    biased: bool = False
+    swiglu: ClampedSwiglu | None = None
 
 
 def parse_moe(config: Mapping[str, Any], family: str, num_layers: int) -> MoeSpec | None:
@@ -41,9 +56,15 @@ def parse_moe(config: Mapping[str, Any], family: str, num_layers: int) -> MoeSpe
         raise CheckpointError(
             f"config.json: num_experts_per_tok {num_chosen} is more than the {num_experts} experts"
         )
-    if family == "mixtral":
+    if family in ("mixtral", "gpt_oss"):
         size = _count(config, "intermediate_size")
-        return MoeSpec(num_experts, num_chosen, size, 0, True, (True,) * num_layers)
+        spec = MoeSpec(num_experts, num_chosen, size, 0, True, (True,) * num_layers)
+        if family == "mixtral":
+            return spec
+        swiglu = ClampedSwiglu(
+            number(config, "swiglu_alpha", 1.702), number(config, "swiglu_limit", 7.0)
+        )
+        return replace(spec, biased=True, swiglu=swiglu)
     has_shared = family == "qwen2_moe"
     return MoeSpec(
         num_experts,

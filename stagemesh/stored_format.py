@@ -1,8 +1,8 @@
 """How a checkpoint's files hold quantised weights: what `quantization_config` of config.json says.
 
-Understands compressed-tensors (int-quantized, pack-quantized, float-quantized), GPTQ, AWQ (GEMM)
-and block-wise fp8. What would be read wrongly is an UnsupportedModel that names the key. Knows
-neither tensors nor files.
+Understands compressed-tensors (int-quantized, pack-quantized, float-quantized), GPTQ, AWQ (GEMM),
+block-wise fp8, and MXFP4 of a mixture's experts. What would be read wrongly is an UnsupportedModel
+that names the key. Knows neither tensors nor files.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from typing import Any
 
 from stagemesh.errors import CheckpointError, UnsupportedModel
 
+# Weights in a row that share a scale.
+MXFP4_BLOCK = 32
+_MXFP4 = "mxfp4"
 _LAYOUTS = {
     "int-quantized": "int",
     "naive-quantized": "int",
@@ -24,7 +27,7 @@ _LAYOUTS = {
 
 @dataclass(frozen=True, slots=True)
 class StoredWeights:
-    """One way to hold a matrix. `layout` is "int", "packed", "fp8", "gptq" or "awq".
+    """One way to hold a matrix. `layout` is "int", "packed", "fp8", "gptq", "awq" or "mxfp4".
 
     `group_size` inputs share a scale, None: all. `block` (outputs, inputs) does, for fp8; or all
     weights of the matrix with `is_per_matrix`. GPTQ: zero points are stored less `zero_offset`, and
@@ -48,6 +51,10 @@ class StoredFormat:
 
     ways: tuple[tuple[tuple[str, ...], StoredWeights], ...]
     ignored: tuple[str, ...]
+
+    @property
+    def is_mxfp4(self) -> bool:
+        return any(way.layout == _MXFP4 for _, way in self.ways)
 
     def of_weight(self, name: str) -> StoredWeights | None:
         """Of a linear layer's "….weight"; None where it is stored plain."""
@@ -137,11 +144,18 @@ def _parse_fp8(told: Mapping[str, Any]) -> StoredFormat:
     return StoredFormat(((("Linear",), way),), ("lm_head", *_not_converted(told)))
 
 
+def _parse_mxfp4(told: Mapping[str, Any]) -> StoredFormat:
+    """Which has experts only, whatever its names of other modules, in patterns, are."""
+    way = StoredWeights(_MXFP4, 4, group_size=MXFP4_BLOCK)
+    return StoredFormat(((("experts",), way),), ())
+
+
 _PARSERS = {
     "compressed-tensors": _parse_compressed_tensors,
     "gptq": _parse_gptq,
     "awq": _parse_awq,
     "fp8": _parse_fp8,
+    _MXFP4: _parse_mxfp4,
 }
 
 

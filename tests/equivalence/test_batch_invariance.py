@@ -30,6 +30,18 @@ MODELS = [
             "shared_expert_intermediate_size": 12,
         },
     ),
+    TinyModel(
+        "odd-gpt-oss",
+        "GptOssConfig",
+        {
+            **ODD,
+            "num_local_experts": 3,
+            "num_experts_per_tok": 2,
+            "sliding_window": 70,
+            "swiglu_limit": 0.7,
+            "pad_token_id": 0,
+        },
+    ),
     TinyModel("odd-gemma2", "Gemma2Config", {**ODD, "sliding_window": 70}),
 ]
 

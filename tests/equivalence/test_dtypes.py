@@ -19,6 +19,11 @@ MODELS = [
 # Those that the decoder of CUDA devices does not know.
 MORE = [
     TinyModel("gemma3", "Gemma3TextConfig", {"head_dim": 16, "sliding_window": 9}),
+    TinyModel(
+        "gpt-oss",
+        "GptOssConfig",
+        {"num_local_experts": 4, "head_dim": 16, "sliding_window": 9, "pad_token_id": 0},
+    ),
     TinyModel("olmo2", "Olmo2Config", {"pad_token_id": 0}),
 ]
 # Mean difference of log-probabilities of the same tokens, at logits of standard deviation 1.5.

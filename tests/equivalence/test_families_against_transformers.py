@@ -18,6 +18,16 @@ from support.greedy import check_greedy, wishes
 from support.stages import Chain, Wish
 
 QWEN_MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+# Limits that many a number is beyond.
+GPT_OSS = {
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "head_dim": 16,
+    "sliding_window": 9,
+    "swiglu_limit": 0.7,
+    "pad_token_id": 0,
+    **rope("yarn", factor=4.0, original_max_position_embeddings=32, truncate=False),
+}
 MODELS = [
     TinyModel("llama-mha-untied", "LlamaConfig", {"num_key_value_heads": 4}, 2),
     TinyModel("llama-gqa-tied-sharded", "LlamaConfig", {"tie_word_embeddings": True}, 0, "60KB"),
@@ -103,6 +113,20 @@ MODELS = [
     ),
     TinyModel("qwen3-moe", "Qwen3MoeConfig", {**QWEN_MOE, "norm_topk_prob": True}),
     TinyModel("qwen3-moe-sparse", "Qwen3MoeConfig", {**QWEN_MOE, "decoder_sparse_step": 2}, 1),
+    TinyModel("gpt-oss", "GptOssConfig", GPT_OSS),
+    TinyModel(
+        "gpt-oss-mixed",
+        "GptOssConfig",
+        {
+            **GPT_OSS,
+            "num_key_value_heads": 1,
+            "attention_bias": False,
+            "layer_types": ["full_attention", *["sliding_attention"] * 3, "full_attention"],
+            "rope_parameters": None,
+            "swiglu_alpha": 1.1,
+        },
+        4,
+    ),
 ]
 
 

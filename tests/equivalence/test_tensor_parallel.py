@@ -44,6 +44,20 @@ MODELS = [
     ),
     # Norms over all heads of all ranks.
     TinyModel("olmo2", "Olmo2Config", {**FOUR_HEADS, "pad_token_id": 0}, 5),
+    TinyModel(
+        "gpt-oss",
+        "GptOssConfig",
+        {
+            **FOUR_HEADS,
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 11,
+            "swiglu_limit": 0.7,
+            "pad_token_id": 0,
+        },
+        1,
+    ),
 ]
 IN_EVERY_LAYOUT = ("llama", "olmo2")
 LAYOUTS = ((4,), (2, 1))

@@ -63,8 +63,20 @@ FAMILIES = {
         "qwen2-moe", "Qwen2MoeConfig", {**EXPERTS, "shared_expert_intermediate_size": 24}
     ),
     "qwen3-moe": TinyModel("qwen3-moe", "Qwen3MoeConfig", {**EXPERTS, "norm_topk_prob": True}),
+    "gpt-oss": TinyModel(
+        "gpt-oss",
+        "GptOssConfig",
+        {
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "head_dim": 16,
+            "sliding_window": 11,
+            "swiglu_limit": 0.7,
+            "pad_token_id": 0,
+        },
+    ),
 }
-WITH_EXPERTS = ("mixtral", "qwen2-moe", "qwen3-moe")
+WITH_EXPERTS = ("mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss")
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,8 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
                 parameter.copy_(1.0 + 0.2 * noise)
             elif name.endswith("bias"):
                 parameter.copy_(0.3 * noise)
+            elif name.endswith("sinks"):  # beside scores, of which there are a few dozen
+                parameter.copy_(2.0 + noise)
             else:
                 parameter.copy_(noise * 1.5 / parameter.shape[-1] ** 0.5)
 

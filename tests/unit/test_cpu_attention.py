@@ -123,6 +123,7 @@ def plain(
     window: int | None,
     cache: KvCache,
     scores: Scores = PLAIN_SCORES,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """The definition, in float64, query by query. [T, H, D] -> [T, H * D] of layer 1."""
     output = torch.empty_like(queries)
@@ -138,7 +139,9 @@ def plain(
             products *= HEAD_DIM**-0.5 if scores.scale is None else scores.scale
             if scores.cap is not None:
                 products = scores.cap * torch.tanh(products / scores.cap)
-            weights = products.softmax(dim=1)
+            if sinks is not None:
+                products = torch.cat((products, sinks[:, None].double()), dim=1)
+            weights = products.softmax(dim=1)[:, : len(slots)]
             output[row.first + i] = torch.einsum("hc,chd->hd", weights, values)
     return output.flatten(1)
 
@@ -149,11 +152,12 @@ def attended(
     window: int | None,
     cache: KvCache,
     scores: Scores = PLAIN_SCORES,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What comes out, and what should."""
     queries = torch.randn(rows[-1].first + rows[-1].num_tokens, HEADS, HEAD_DIM)
-    output = attention.attend(queries, attention.plan(rows, window, cache), cache, 1)
-    return output, plain(queries, rows, window, cache, scores)
+    output = attention.attend(queries, attention.plan(rows, window, cache), cache, 1, sinks)
+    return output, plain(queries, rows, window, cache, scores, sinks)
 
 
 @pytest.mark.parametrize("max_bytes", [1, 2**21])
@@ -173,6 +177,30 @@ def test_scores_are_scaled_and_capped(
     rows = make_rows(cache, _in_pieces(), ROWS)
     for attention in (CpuAttention(scores), PaddedAttention(invariant_kernel, TILE, scores)):
         output, expected = attended(attention, rows, window, cache, scores)
+        torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+
+
+# One that leaves nothing of a head, and one that takes nothing.
+SINKS = torch.tensor([0.3, -1.2, 300.0, 2.5, -300.0, 1.0])
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("scores", [PLAIN_SCORES, Scores(0.4, 1.5)], ids=str)
+def test_sinks_take_their_share(
+    cache: KvCache, min_run: int, scores: Scores, window: int | None
+) -> None:
+    """By either kernel, whether a query's results are of one part or merged."""
+    torch.manual_seed(4)
+    rows = make_rows(cache, _in_pieces(), ROWS)
+    for attention in (CpuAttention(scores), PaddedAttention(invariant_kernel, TILE, scores)):
+        output, expected = attended(attention, rows, window, cache, scores, SINKS)
+        torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+
+
+def test_sinks_beside_pages_in_another_type(packed: PackedKvCache) -> None:
+    torch.manual_seed(5)
+    for rows in (make_rows(packed, _shuffled(), ROWS), make_rows(packed, _rising(), [(1, 99)])):
+        output, expected = attended(CpuAttention(), rows, 50, packed, sinks=SINKS)
         torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from stagemesh.errors import CheckpointError, UnsupportedModel
 from stagemesh.model_spec import ModelSpec, parse_config
-from stagemesh.moe_spec import MoeSpec
+from stagemesh.moe_spec import ClampedSwiglu, MoeSpec
 
 BASE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -93,6 +93,14 @@ def test_experts() -> None:
     qwen2 = spec(**family("Qwen2Moe"), **qwen, **more, norm_topk_prob=True)
     assert qwen2.moe == MoeSpec(8, 2, 24, 40, True, (False, False, False, True))
     assert qwen2.qkv_bias
+    gpt_oss = spec(**family("GptOss"), **experts)
+    assert gpt_oss.moe == MoeSpec(
+        *(8, 2, BASE["intermediate_size"], 0, True, (True,) * 4), True, ClampedSwiglu(1.702, 7.0)
+    )
+    assert (gpt_oss.sinks, gpt_oss.qkv_bias, gpt_oss.output_bias) == (True, True, True)
+    assert gpt_oss.layer_windows == (128, None, 128, None)
+    assert (gpt_oss.rope.kind, gpt_oss.rope.truncate, gpt_oss.head_dim) == ("yarn", False, 64)
+    assert not spec(**family("GptOss"), **experts, attention_bias=False).qkv_bias
     with pytest.raises(CheckpointError, match="num_experts_per_tok 9 is more than the 8 experts"):
         spec(**family("Mixtral"), num_local_experts=8, num_experts_per_tok=9)
     with pytest.raises(CheckpointError, match="num_experts must be"):
@@ -199,7 +207,9 @@ UNSUPPORTED = {
     "embedding_multiplier": {"embedding_multiplier": 12.0},
     "no_rope_layers": {"no_rope_layers": [1, 0, 1, 0]},
     "rope_local_base_freq": {**family("Gemma2"), "rope_local_base_freq": 1e4},
-    "GptOssForCausalLM": family("GptOss"),
+    "swiglu_limit": {**family("Mixtral"), "swiglu_limit": 7.0},
+    "mxfp4": {"quantization_config": {"quant_method": "mxfp4"}},
+    "Llama4ForCausalLM": family("Llama4"),
 }
 
 

@@ -109,8 +109,8 @@ def test_counts_that_do_not_divide(changes: dict[str, int], size: int, told: str
 
 def test_what_the_table_does_not_know_is_refused() -> None:
     shards = Shards(spec(), 0, 2)
-    with pytest.raises(UnsupportedModel, match=r"model\.layers\.0\.mlp\.router\.weight"):
-        shards.part("model.layers.0.mlp.router.weight", (4, 64))
+    with pytest.raises(UnsupportedModel, match=r"model\.layers\.0\.mlp\.chooser\.weight"):
+        shards.part("model.layers.0.mlp.chooser.weight", (4, 64))
     with pytest.raises(UnsupportedModel, match="q_norm"):  # a family that has one for each head
         shards.part("model.layers.0.self_attn.q_norm.weight", (128,))
     assert replace(shards, size=1).part("anything.at.all", (4, 64)) is not None
