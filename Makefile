@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PROTOS := $(wildcard protos/*.proto)
 SEED ?= 0
 COMPUTING := tests/unit tests/simulation tests/equivalence
-RUNNING := tests/chaos tests/compose tests/integration
+RUNNING := tests/integration tests/chaos tests/compose
 
 # Made again when what they depend on has changed.
 RUNTIME := $(VENV)/.stagemesh-runtime
@@ -43,12 +43,11 @@ demo: $(RUNTIME)
 up: $(RUNTIME)
 	@$(BIN)/stagemesh up $(ARGS)
 
-# What only computes runs on all cores at once. Meshes run two at a time, since they wait as much as
-# they compute; the folders that are one group (tests/conftest.py) begin first.
+# What only computes runs on all cores at once; what runs meshes has the machine to itself.
 test: $(DEV)
 ifeq ($(ARGS),)
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup $(COMPUTING)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder $(RUNNING)
+	$(BIN)/python -m pytest $(RUNNING)
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif
