@@ -95,23 +95,25 @@ class WorkerTemplate:
 
     async def _fork(self, request: ForkRequest, link: int, output: int) -> Process | None:
         """None where the template cannot."""
-        try:
-            if self._child is not None:
-                await self._child.wait_ready()
-            connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            connection.connect(self._path)
-            socket.send_fds(connection, [request.encoded()], [link, output])
-        except (OSError, StageMeshError):  # it has ended, or this host is at some limit
-            return None
-        connection.setblocking(False)
-        reply: Mapping[str, Any] = {}
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_REPLY_TIMEOUT_S):
-                reply = await _receive(connection)
-        if "pid" in reply:
+        with contextlib.ExitStack() as held:
+            try:
+                if self._child is not None:
+                    await self._child.wait_ready()
+                connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                held.callback(connection.close)
+                connection.connect(self._path)
+                socket.send_fds(connection, [request.encoded()], [link, output])
+            except (OSError, StageMeshError):  # it has ended, or this host is at some limit
+                return None
+            connection.setblocking(False)
+            reply: Mapping[str, Any] = {}
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_REPLY_TIMEOUT_S):
+                    reply = await _receive(connection)
+            if "pid" not in reply:
+                return None
+            held.pop_all()
             return ForkedProcess(reply["pid"], connection)
-        connection.close()
-        return None
 
 
 async def _receive(connection: socket.socket) -> Mapping[str, Any]:

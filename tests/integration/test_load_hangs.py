@@ -12,28 +12,15 @@ from pathlib import Path
 import psutil
 from support.mesh import wait_until
 from support.paths import DEMO_MODEL
+from support.stages import NUM_DEMO_LAYERS, WHOLE_DEMO
 from support.worker_links import WorkerProcess, link_scheduler, worker_process
 
 from stage_worker.collectives import Group
-from stage_worker.executor import ExecutorConfig
 from stage_worker.load_watch import watch_load
 from stage_worker.rank_processes import RankProcesses
 from stage_worker.ranked_stage import RankedStage
 from stage_worker.server import EXIT_HUNG
 from stagemesh.errors import PeerLost
-from stagemesh.model_spec import ModelSpec
-from stagemesh.plan import Span
-
-NUM_LAYERS = ModelSpec.from_directory(DEMO_MODEL).num_layers
-CONFIG = ExecutorConfig(
-    model_dir=DEMO_MODEL,
-    span=Span(0, NUM_LAYERS),
-    device="cpu",
-    dtype="float32",
-    batch_invariant=False,
-    block_size_tokens=8,
-    num_blocks=4,
-)
 
 
 async def test_a_disk_that_does_not_answer_ends_the_worker(tmp_path: Path) -> None:
@@ -46,7 +33,7 @@ async def test_a_disk_that_does_not_answer_ends_the_worker(tmp_path: Path) -> No
         link = await scheduler.worker()
         (model / "config.json").unlink()
         os.mkfifo(model / "config.json")  # whoever opens it waits for somebody who writes
-        link.start_load(0, NUM_LAYERS)
+        link.start_load(0, NUM_DEMO_LAYERS)
         assert await worker.wait() == EXIT_HUNG
         assert "this worker has got no further with its layers" in worker.output()
 
@@ -60,7 +47,7 @@ async def test_a_rank_that_is_stopped_ends_the_worker() -> None:
         link = await scheduler.worker()
         (rank,) = ranks_of(worker)
         rank.send_signal(signal.SIGSTOP)
-        link.start_load(0, NUM_LAYERS)
+        link.start_load(0, NUM_DEMO_LAYERS)
         assert await worker.wait() == EXIT_HUNG
         assert "rank 1 of 2 has got no further with its layers" in worker.output()
         await asyncio.to_thread(wait_until, lambda: not rank.is_running(), 30.0, "its end")
@@ -75,7 +62,9 @@ async def test_a_rank_that_is_stopped_in_the_middle_of_its_part() -> None:
     ranks = RankProcesses(2)
     try:
         group = ranks.own.open_group()
-        RankedStage.load(CONFIG, lambda *_: None, ranks, group)  # it has started, and torch with it
+        RankedStage.load(
+            WHOLE_DEMO, lambda *_: None, ranks, group
+        )  # it has started, and torch with it
         loading = asyncio.create_task(asyncio.to_thread(load_until_it_is_stopped, ranks, group))
         watching = asyncio.create_task(watch_load(ranks.load_progress, 1.0))
         async with asyncio.timeout(60):
@@ -102,4 +91,4 @@ def load_until_it_is_stopped(ranks: RankProcesses, group: Group) -> None:
             os.kill(ranks.pids[0], signal.SIGCONT)
 
     while True:
-        RankedStage.load(CONFIG, stop_the_other, ranks, group)
+        RankedStage.load(WHOLE_DEMO, stop_the_other, ranks, group)

@@ -9,28 +9,17 @@ from pathlib import Path
 import psutil
 import pytest
 from support.mesh import wait_until
-from support.paths import DEMO_MODEL
+from support.stages import WHOLE_DEMO
 
 from stage_worker.executor import ExecutorConfig
 from stage_worker.rank_processes import RankProcesses
 from stage_worker.ranked_stage import RankedStage
 from stage_worker.tenancy import Joining
 from stagemesh.errors import CheckpointError, InternalError, PeerLost, ProtocolError
-from stagemesh.model_spec import ModelSpec
-from stagemesh.plan import BlockUpdate, Epoch, Row, SequenceState, Span, Step
+from stagemesh.plan import BlockUpdate, Epoch, Row, SequenceState, Step
 from stagemesh.sampling import SamplingSpec
 
 PROMPT = (1, 2, 3)
-NUM_LAYERS = ModelSpec.from_directory(DEMO_MODEL).num_layers
-CONFIG = ExecutorConfig(
-    model_dir=DEMO_MODEL,
-    span=Span(0, NUM_LAYERS),
-    device="cpu",
-    dtype="float32",
-    batch_invariant=False,
-    block_size_tokens=8,
-    num_blocks=4,
-)
 
 
 @pytest.fixture
@@ -40,7 +29,7 @@ def ranks() -> Iterator[RankProcesses]:
     processes.kill()
 
 
-def load(ranks: RankProcesses, config: ExecutorConfig = CONFIG) -> RankedStage:
+def load(ranks: RankProcesses, config: ExecutorConfig = WHOLE_DEMO) -> RankedStage:
     return RankedStage.load(config, lambda *_: None, ranks, ranks.own.open_group())
 
 
@@ -94,7 +83,7 @@ def test_a_step_that_fails_on_one_rank_only_ends_all(
 
 def test_a_load_that_fails_leaves_ranks_that_can_load(ranks: RankProcesses, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json is missing"):
-        load(ranks, replace(CONFIG, model_dir=tmp_path))
+        load(ranks, replace(WHOLE_DEMO, model_dir=tmp_path))
     assert alive(ranks)
     assert load(ranks).facts.num_blocks == 4
 

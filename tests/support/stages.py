@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from support.paths import DEMO_MODEL
 
 from stage_worker.block_ranges import PipelineBlocks
 from stage_worker.executor import ExecutorConfig, StageExecutor
@@ -31,6 +32,17 @@ from stagemesh.sampling import SamplingSpec
 
 GREEDY = SamplingSpec(temperature=0.0, num_logprobs=2)
 EPOCH = Epoch(1, 1)
+NUM_DEMO_LAYERS = ModelSpec.from_directory(DEMO_MODEL).num_layers
+WHOLE_DEMO = ExecutorConfig(
+    model_dir=DEMO_MODEL,
+    span=Span(0, NUM_DEMO_LAYERS),
+    device="cpu",
+    dtype="float32",
+    batch_invariant=False,
+    block_size_tokens=8,
+    num_blocks=4,
+)
+"""The demo model as one stage, with little memory."""
 
 
 def even_spans(num_layers: int, num_stages: int) -> list[Span]:
