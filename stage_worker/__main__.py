@@ -13,10 +13,8 @@ import uvloop
 
 from stage_worker.leaving import Leaving
 from stage_worker.options import WorkerOptions
-from stage_worker.server import OnReady
-from stage_worker.server import serve as serve_worker
 from stagemesh.cores import num_cores
-from stagemesh.process import run_service
+from stagemesh.process import OnReady, run_service
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,16 +32,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 async def _serve(leaving: Leaving, options: WorkerOptions, on_ready: OnReady) -> None:
     _set_threads(options.threads, options.tensor_parallel)
+    from stage_worker.server import serve as serve_worker  # imports torch: seconds
+
     await serve_worker(options, on_ready, leaving)
 
 
 def _set_threads(num_threads: int, num_ranks: int) -> None:
-    """OpenMP reads these once, when torch is imported: usually later, here and in other ranks."""
+    """OpenMP reads these once, when torch is imported: later, here and in other ranks, but where
+    this process was forked from a template."""
     # Threads that wait must not spin on cores that another process could use.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if num_threads:
         os.environ["OMP_NUM_THREADS"] = str(num_threads)
-        if (torch := sys.modules.get("torch")) is not None:  # forked from a template
+        if (torch := sys.modules.get("torch")) is not None:
             torch.set_num_threads(num_threads)
     elif num_ranks > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_ranks)))

@@ -12,7 +12,7 @@ import functools
 import os
 import secrets
 import socket
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import structlog
@@ -35,6 +35,7 @@ from stagemesh.errors import SpanError
 from stagemesh.model_spec import ModelSpec
 from stagemesh.page_stream import page_handlers
 from stagemesh.plan import ModelSummary
+from stagemesh.process import OnReady
 from stagemesh.quantization import parse_quantization
 from stagemesh.rpc import RpcServer
 from stagemesh.transport import SERVICE_NAME, push_handlers
@@ -48,8 +49,6 @@ from stagemesh.wire import (
 DEVICE_STOP_TIMEOUT_S = 5.0
 EXIT_HUNG = 70
 """Exit code of a process whose device hung. Starting it again may help."""
-
-OnReady = Callable[[Mapping[str, object]], None]
 
 log = structlog.get_logger()
 

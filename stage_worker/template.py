@@ -36,7 +36,8 @@ def _import_all() -> None:
     import stage_worker.adapter_files
     import stage_worker.executor
     import stage_worker.identity
-    import stage_worker.ranked_stage  # noqa: F401
+    import stage_worker.ranked_stage
+    import stage_worker.server  # noqa: F401
 
 
 if __name__ == "__main__":

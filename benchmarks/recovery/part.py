@@ -15,10 +15,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from stagemesh.supervision import FD_VARIABLE
 
@@ -26,6 +26,38 @@ REPO = Path(__file__).resolve().parents[2]
 READY_TIMEOUT_S = 60.0
 POLL_S = 0.02
 _MODULES = {"scheduler": "scheduler", "gateway": "gateway", "worker": "stage_worker"}
+
+
+class Process(Protocol):
+    """As much of a `subprocess.Popen` as a part needs."""
+
+    @property
+    def pid(self) -> int: ...
+    @property
+    def returncode(self) -> int | None: ...
+    def poll(self) -> int | None: ...
+    def wait(self) -> int: ...
+    def send_signal(self, number: int, /) -> None: ...
+    def kill(self) -> None: ...
+
+
+# Of a command, its environment, its end of the link to its supervisor, and where its output goes.
+Launch = Callable[[Sequence[str], Mapping[str, str], int, int], Process]
+
+
+def execute(
+    command: Sequence[str], environ: Mapping[str, str], link: int, output: int
+) -> subprocess.Popen[bytes]:
+    """Call it from the main thread: the process dies with the thread that started it."""
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        env={**environ, FD_VARIABLE: str(link)},
+        pass_fds=[link],
+        start_new_session=True,
+    )
 
 
 @dataclass
@@ -41,7 +73,8 @@ class Part:
     prefix: tuple[str, ...] = ()
     environ: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
-    process: subprocess.Popen[bytes] | None = None
+    launch: Launch = execute
+    process: Process | None = None
     _link: socket.socket | None = None
 
     @property
@@ -58,28 +91,21 @@ class Part:
         return self.scratch / f"{self.name}.log"
 
     def start(self) -> None:
-        """Call it from the main thread: the process dies with the thread that started it."""
+        """As `launch` wants it."""
         assert not self.alive, f"{self.name} runs already"
         self.kill()
         self._ready_file.unlink(missing_ok=True)
         listening = self.listening(self.facts) if self.facts else ()
+        command = [
+            *(*self.prefix, sys.executable, "-m", _MODULES[self.role]),
+            *(*self.arguments, *listening, "--log-format", "json"),
+            *("--ready-file", str(self._ready_file)),
+        ]
+        own = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GRPC_VERBOSITY": "ERROR"}
+        environ = {**os.environ, **own, **self.environ}
         self._link, childs_link = socket.socketpair()
-        with self.log.open("ab") as sink:
-            self.process = subprocess.Popen(
-                [
-                    *(*self.prefix, sys.executable, "-m", _MODULES[self.role]),
-                    *(*self.arguments, *listening, "--log-format", "json"),
-                    *("--ready-file", str(self._ready_file)),
-                ],
-                cwd=REPO,
-                stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=sink,
-                env=self._environ(childs_link.fileno()),
-                pass_fds=[childs_link.fileno()],
-                start_new_session=True,
-            )
-        childs_link.close()
+        with childs_link, self.log.open("ab") as sink:
+            self.process = self.launch(command, environ, childs_link.fileno(), sink.fileno())
 
     async def wait_ready(self) -> None:
         await until(lambda: self._ready_file.exists() or not self.alive, f"{self.name} to be ready")
@@ -112,7 +138,7 @@ class Part:
         """The exit code of a part that was told to end or will end by itself."""
         await until(lambda: not self.alive, f"{self.name} to end", timeout_s)
         assert self.process is not None
-        return self.process.returncode
+        return self.process.wait()
 
     def last_words(self) -> str:
         """The end of its log, and what it told its supervisor, for people."""
@@ -126,10 +152,6 @@ class Part:
     @property
     def _ready_file(self) -> Path:
         return self.scratch / f"{self.name}.ready"
-
-    def _environ(self, link: int) -> dict[str, str]:
-        own = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GRPC_VERBOSITY": "ERROR"}
-        return {**os.environ, **own, **self.environ, FD_VARIABLE: str(link)}
 
 
 async def until(

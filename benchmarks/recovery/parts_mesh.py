@@ -17,7 +17,7 @@ from typing import Self
 import grpc
 import grpc.aio
 
-from benchmarks.recovery.part import POLL_S, Part
+from benchmarks.recovery.part import POLL_S, Launch, Part, execute
 from protos import mesh_pb2, mesh_pb2_grpc
 
 Status = mesh_pb2.GetStatusResponse
@@ -51,15 +51,17 @@ class MeshShape:
 
 
 class PartsMesh:
-    """The parts of one mesh. Nobody watches them: what dies stays dead until it is started.
+    """The parts of one mesh. Nobody watches them: what dies stays dead until it is started, workers
+    by `launch_worker`.
 
     Parts that need more than their shape says are added before `start`. `gateway_at` and
     `scheduler_at` are where this process reaches them, if not where they say they are.
     """
 
-    def __init__(self, shape: MeshShape, scratch: Path) -> None:
+    def __init__(self, shape: MeshShape, scratch: Path, launch_worker: Launch = execute) -> None:
         self.shape = shape
         self.scratch = scratch
+        self.launch_worker = launch_worker
         self.scheduler = _scheduler(shape, scratch)
         self.gateways: list[Part] = []
         self.workers: dict[str, Part] = {}
@@ -110,8 +112,10 @@ class PartsMesh:
 
     def add_worker(self, name: str, scheduler_address: str, *options: str) -> Part:
         """A worker that is not started yet; options after these prevail."""
-        self.workers[name] = _worker(self.shape, name, scheduler_address, self.scratch, options)
-        return self.workers[name]
+        worker = _worker(self.shape, name, scheduler_address, self.scratch, options)
+        worker.launch = self.launch_worker
+        self.workers[name] = worker
+        return worker
 
     def add_gateway(self, name: str, scheduler_address: str, *options: str) -> Part:
         self.gateways.append(_gateway(self.shape, name, scheduler_address, self.scratch, options))

@@ -20,6 +20,7 @@ from support.chaos import (
     watched,
 )
 from support.proxy import TcpProxy
+from support.template import fork_worker
 
 from benchmarks.recovery.load import Truth
 from benchmarks.recovery.part import Part, free_address
@@ -86,7 +87,7 @@ def two_schedulers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoSche
         shape = MeshShape(
             model=DEMO_MODEL, stages=2, scheduler_options=("--listen", first, *WAITING)
         )
-        mesh = PartsMesh(shape, tmp_path_factory.mktemp("schedulers"))
+        mesh = PartsMesh(shape, tmp_path_factory.mktemp("schedulers"), fork_worker)
         stack.callback(mesh.end)
         road = stack.enter_context(TcpProxy(first))
         for n in range(2):

@@ -10,6 +10,7 @@ import pytest
 import pytest_asyncio
 from support.chaos import DEMO_MODEL, MANY, NUM_LASTING, WAITING, loaded, watched
 from support.proxy import TcpProxy
+from support.template import fork_worker
 
 from benchmarks.recovery.load import Truth
 from benchmarks.recovery.part import free_address
@@ -37,7 +38,7 @@ def wiring(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wires]:
     shape = MeshShape(
         model=DEMO_MODEL, stages=2, scheduler_options=("--listen", scheduler, *WAITING)
     )
-    mesh = PartsMesh(shape, tmp_path_factory.mktemp("wires"))
+    mesh = PartsMesh(shape, tmp_path_factory.mktemp("wires"), fork_worker)
     with contextlib.ExitStack() as stack:
         stack.callback(mesh.end)
         between, control, front = (

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from support.chaos import DEMO_MODEL, MANY, NUM_LASTING, loaded
 from support.chaos_memory import memory_cage
-from support.mesh import greedy_request, running_mesh, wait_until
+from support.mesh import greedy_request, running_mesh
+from support.waiting import wait_until
 
 from benchmarks.recovery.load import Truth
 from benchmarks.recovery.part import until

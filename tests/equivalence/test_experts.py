@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import SIZES, TinyModel, prompts, reference_logprobs, tiny_model
-from support.mesh import greedy_request, running_mesh, wait_until
+from support.mesh import greedy_request, running_mesh
 from support.paths import DEMO_MODEL
 from support.stages import Chain, Wish
 from support.thread_ranks import ranked_chain
+from support.waiting import wait_until
 
 from stage_worker import fbgemm
 from stage_worker.expert_placement import place

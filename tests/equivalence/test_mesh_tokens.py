@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from support.mesh import Mesh, greedy_request, running_mesh, wait_until
+from support.mesh import Mesh, greedy_request, running_mesh
 from support.paths import shared
+from support.waiting import wait_until
 
 from protos import text_generation_pb2 as pb
 

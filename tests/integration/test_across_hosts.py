@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.hosts import Host, describe, hosts, wait_for_stages
-from support.mesh import wait_until
 from support.paths import DEMO_MODEL
+from support.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(240)
 

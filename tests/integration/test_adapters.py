@@ -14,8 +14,9 @@ import httpx
 import pytest
 import torch
 from support.adapters import TinyAdapter, merged, tiny_adapter
-from support.mesh import Mesh, collect, greedy_request, running_mesh, wait_until
+from support.mesh import Mesh, collect, greedy_request, running_mesh
 from support.paths import DEMO_MODEL
+from support.waiting import wait_until
 
 from protos import text_generation_pb2 as pb
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import grpc.aio
 import pytest
 from support.hosts import Host, hosts
-from support.mesh import wait_until
 from support.paths import DEMO_MODEL, REPO
 from support.pretend_gateway import PretendMesh, pretend_mesh
 from support.pretend_workers import until
 from support.scripted_scheduler import ScriptedScheduler, scripted_gateway
+from support.waiting import wait_until
 
 from protos import mesh_pb2
 from protos import text_generation_pb2 as pb

@@ -116,7 +116,7 @@ async def test_what_the_scheduler_does_not_take_stays_held() -> None:
 
 
 async def test_a_scheduler_that_falls_silent_is_left() -> None:
-    scheduler = ScriptedScheduler(gate=1)
+    scheduler = ScriptedScheduler(gate=1, lease_ms=500)
     async with scripted_gateway(DEMO_MODEL, scheduler) as gateway:
         call = asyncio.ensure_future(generate(gateway, "Once"))
         await until(lambda: len(scheduler.submits) == 1, "the request")

@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import psutil
-from support.mesh import wait_until
 from support.paths import DEMO_MODEL
 from support.stages import NUM_DEMO_LAYERS, WHOLE_DEMO
+from support.waiting import wait_until
 from support.worker_links import WorkerProcess, link_scheduler, worker_process
 
 from stage_worker.collectives import Group

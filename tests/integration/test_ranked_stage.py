@@ -8,8 +8,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.mesh import wait_until
 from support.stages import WHOLE_DEMO
+from support.waiting import wait_until
 
 from stage_worker.executor import ExecutorConfig
 from stage_worker.rank_processes import RankProcesses

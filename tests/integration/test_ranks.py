@@ -14,8 +14,9 @@ from typing import Any
 
 import psutil
 import pytest
-from support.mesh import Mesh, greedy_request, running_mesh, wait_until
+from support.mesh import Mesh, greedy_request, running_mesh
 from support.paths import DEMO_MODEL, shared
+from support.waiting import wait_until
 
 from protos import mesh_pb2, mesh_pb2_grpc
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from support.answers import Answer, Asking, post, post_stream
 from support.paths import DEMO_MODEL
+from support.template import fork_worker
 
 from benchmarks.recovery.part import until
 from benchmarks.recovery.parts_mesh import MeshShape, PartsMesh
@@ -82,7 +83,7 @@ CHAT: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PartsMesh]:
-    mesh = PartsMesh(SHAPE, tmp_path_factory.mktemp("lost"))
+    mesh = PartsMesh(SHAPE, tmp_path_factory.mktemp("lost"), fork_worker)
     yield mesh
     print(mesh.describe())
     mesh.end()

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
-import os
-import sys
-from collections.abc import AsyncIterator
+import signal
+from contextlib import AbstractAsyncContextManager
 
 from support.paths import shared
 from support.pretend_gateway import PretendGateway, PretendMesh, pretend_mesh
 from support.pretend_workers import until
+from support.worker_links import WorkerProcess, worker_process
 
 from protos import mesh_pb2
 from stagemesh.sampling import SamplingSpec
@@ -20,19 +19,8 @@ MODEL = shared("models/stories260K")
 NUM_TOKENS = 64
 
 
-@contextlib.asynccontextmanager
-async def worker_process(mesh: PretendMesh, name: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "stage_worker", "--model", str(MODEL), "--worker-id", name),
-        *("--scheduler", mesh.address, "--listen", "127.0.0.1:0", "--num-blocks", "512"),
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    try:
-        yield process
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
+def own_worker(mesh: PretendMesh, name: str) -> AbstractAsyncContextManager[WorkerProcess]:
+    return worker_process(MODEL, mesh.address, "--worker-id", name, "--num-blocks", "512")
 
 
 CASES = json.loads((MODEL / "reference.json").read_text())["cases"]
@@ -63,14 +51,14 @@ async def check_the_end(mesh: PretendMesh, gateway: PretendGateway) -> mesh_pb2.
 async def test_a_worker_is_killed_and_started_again_and_every_stream_is_right() -> None:
     async with (
         pretend_mesh(0, num_stages=2, lease_s=5.0) as mesh,
-        worker_process(mesh, "first"),
-        worker_process(mesh, "second") as second,
+        own_worker(mesh, "first"),
+        own_worker(mesh, "second") as second,
     ):
         gateway = await streams(mesh)
-        second.kill()
+        second.signal(signal.SIGKILL)
         await until(lambda: not gateway.mesh[-1].serving, "the mesh to notice")
         assert len(gateway.finished) < len(CASES)
-        async with worker_process(mesh, "second"):
+        async with own_worker(mesh, "second"):
             status = await check_the_end(mesh, gateway)
     assert all(worker.state == mesh_pb2.WORKER_STATE_SERVING for worker in status.workers)
 
@@ -86,11 +74,11 @@ async def test_a_worker_is_killed_and_the_one_that_took_over_is_drained() -> Non
         )
         names = ("w0", "w1", "w2", "w3")
         processes = {
-            name: await stack.enter_async_context(worker_process(mesh, name)) for name in names
+            name: await stack.enter_async_context(own_worker(mesh, name)) for name in names
         }
         before = await mesh.wait_status(has_spares, "two stages and two spares")
         gateway = await streams(mesh)
-        processes[before.pipelines[0].worker_ids[0]].kill()
+        processes[before.pipelines[0].worker_ids[0]].signal(signal.SIGKILL)
         status = await mesh.wait_status(
             lambda status: status.pipelines[0].mending.join_ns > 0, "the mesh to be whole"
         )

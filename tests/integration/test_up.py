@@ -16,8 +16,9 @@ from typing import Any
 import grpc
 import psutil
 import pytest
-from support.mesh import Mesh, collect, greedy_request, running_mesh, wait_until
+from support.mesh import Mesh, collect, greedy_request, running_mesh
 from support.paths import DEMO_MODEL
+from support.waiting import wait_until
 
 from protos import text_generation_pb2 as pb
 from protos import text_generation_pb2_grpc as pb_grpc

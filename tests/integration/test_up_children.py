@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.mesh import wait_until
+from support.waiting import wait_until
 
 from stagemesh.cli.child import Child
 from stagemesh.errors import AddressInUse, PeerLost

@@ -10,8 +10,9 @@ import sys
 from collections.abc import Callable, Iterator
 
 import pytest
-from support.mesh import Mesh, collect, greedy_request, running_mesh, wait_until
+from support.mesh import Mesh, collect, greedy_request, running_mesh
 from support.paths import DEMO_MODEL
+from support.waiting import wait_until
 
 from protos import mesh_pb2
 from protos import text_generation_pb2 as pb

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.mesh import Mesh, greedy_request, running_mesh, wait_until
+from support.mesh import Mesh, greedy_request, running_mesh
 from support.paths import DEMO_MODEL
+from support.waiting import wait_until
 
 from stagemesh.cli.child import Child
 from stagemesh.cli.held_ports import HeldPorts

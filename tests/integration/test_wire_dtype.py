@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from support.mesh import greedy_request, running_mesh, wait_until
+from support.mesh import greedy_request, running_mesh
 from support.paths import DEMO_MODEL
+from support.waiting import wait_until
 
 from protos import mesh_pb2
 

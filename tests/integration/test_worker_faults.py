@@ -11,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.mesh import wait_until
 from support.paths import DEMO_MODEL, REPO
 from support.stages import Live, Wish
+from support.waiting import wait_until
 from support.worker_links import (
+    execute_alone,
     failure,
     link_scheduler,
     local_worker,
@@ -44,7 +45,9 @@ async def test_a_worker_that_is_refused_for_good_ends_and_says_why() -> None:
 async def test_a_port_in_use_is_named() -> None:
     async with (
         link_scheduler() as scheduler,
-        worker_process(DEMO_MODEL, scheduler.address, "--listen", scheduler.address) as worker,
+        worker_process(
+            DEMO_MODEL, scheduler.address, "--listen", scheduler.address, launch=execute_alone
+        ) as worker,
     ):
         assert await worker.wait() == 1
         assert f"{scheduler.address} is in use" in worker.output()
@@ -151,7 +154,9 @@ async def test_a_device_that_hangs_is_told_of_and_ends_the_process() -> None:
     async with (
         link_scheduler() as scheduler,
         local_worker(DEMO_MODEL, scheduler.address, worker_id="0"),
-        worker_process(DEMO_MODEL, scheduler.address, *flags, program=hanging) as worker,
+        worker_process(
+            DEMO_MODEL, scheduler.address, *flags, program=hanging, launch=execute_alone
+        ) as worker,
     ):
         links = [await scheduler.worker() for _ in range(2)]
         links.sort(key=lambda link: link.registration.worker_id)
@@ -187,7 +192,7 @@ async def test_what_is_wrong_from_the_start_is_one_line_and_an_exit_code(
 ) -> None:
     model = demo_copy(tmp_path)
     change_architecture(model)
-    async with worker_process(model, "127.0.0.1:1", *flags) as worker:
+    async with worker_process(model, "127.0.0.1:1", *flags, launch=execute_alone) as worker:
         assert await worker.wait() == code
         assert complaint in worker.output()
         assert len(worker.output().splitlines()) == 1

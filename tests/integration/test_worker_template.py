@@ -16,8 +16,9 @@ from typing import Any
 import grpc
 import psutil
 import pytest
-from support.mesh import collect, greedy_request, template_environ, wait_until
+from support.mesh import collect, greedy_request, template_environ
 from support.paths import DEMO_MODEL
+from support.waiting import wait_until
 
 from protos import text_generation_pb2_grpc as pb_grpc
 from stagemesh.cli.child import Child

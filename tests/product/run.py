@@ -40,8 +40,9 @@ from support.checkpoints import (  # noqa: E402
     reference_logprobs,
     tiny_model,
 )
-from support.mesh import Mesh, greedy_request, running_mesh, wait_until  # noqa: E402
+from support.mesh import Mesh, greedy_request, running_mesh  # noqa: E402
 from support.paths import DEMO_MODEL  # noqa: E402
+from support.waiting import wait_until  # noqa: E402
 
 MIN_MARGIN = 1e-3
 NUM_TOKENS = 16

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from support.paths import DEMO_MODEL
+from support.template import fork_worker
 
 from benchmarks.recovery.load import Ask, Load, Stream, Truth, asks
 from benchmarks.recovery.part import Part
@@ -36,7 +37,9 @@ class Meshes:
     def get(self, shape: MeshShape) -> PartsMesh:
         if self._mesh is None or self._mesh.shape != shape:
             self._drop()
-            self._mesh = PartsMesh(shape, Path(tempfile.mkdtemp(dir=self._scratch.name)))
+            self._mesh = PartsMesh(
+                shape, Path(tempfile.mkdtemp(dir=self._scratch.name)), fork_worker
+            )
         return self._mesh
 
     def _drop(self) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 
 import grpc
 import pytest
-from support.mesh import wait_until
 from support.paths import REPO
+from support.waiting import wait_until
 
 from protos import mesh_pb2, mesh_pb2_grpc
 from protos import text_generation_pb2_grpc as pb_grpc

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 from google.protobuf import json_format
-from support.mesh import wait_until
 from support.paths import REPO
+from support.waiting import wait_until
 
 from protos import mesh_pb2
 

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import ctypes
-import functools
 import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import grpc
+from support.template import end_with_the_tests, shared_template, template_environ
+from support.waiting import wait_until
 
 from protos import mesh_pb2, mesh_pb2_grpc
 from protos import text_generation_pb2 as pb
@@ -135,13 +131,6 @@ def is_idle(status: mesh_pb2.GetStatusResponse) -> bool:
     )
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
-        time.sleep(0.02)  # between two looks at a condition, never instead of one
-
-
 @contextlib.contextmanager
 def running_mesh(model: Path, *options: str, stages: int = 2, replicas: int = 1) -> Iterator[Mesh]:
     """Starts `stagemesh up` on free ports; ends it with Ctrl-C and checks that it ended well."""
@@ -161,7 +150,7 @@ def running_mesh(model: Path, *options: str, stages: int = 2, replicas: int = 1)
                 stderr=subprocess.STDOUT,
                 env=env,
                 start_new_session=True,
-                preexec_fn=_end_with_the_tests,
+                preexec_fn=end_with_the_tests,
             )
         try:
             wait_until(
@@ -178,44 +167,6 @@ def running_mesh(model: Path, *options: str, stages: int = 2, replicas: int = 1)
                 process.kill()
                 process.wait()
             sys.stdout.write(log.read_text()[-4000:])
-
-
-def template_environ() -> dict[str, str]:
-    """Of a mesh whose workers a shared template forks: what `up` would set by the number of stages
-    is set for all of them."""
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
-    return {**environ, **threads, "GRPC_VERBOSITY": "ERROR"}
-
-
-@functools.cache
-def shared_template() -> str:
-    """Where a template listens that lives as long as these tests: torch is imported once, and not
-    in each of hundreds of workers."""
-    scratch = tempfile.mkdtemp(prefix="stagemesh-tests-")
-    path = Path(scratch, "template")
-    template = subprocess.Popen(
-        [sys.executable, "-m", "stage_worker.template", str(path)],
-        env=template_environ(),
-        preexec_fn=_end_with_the_tests,
-    )
-
-    def end() -> None:
-        template.kill()
-        template.wait()
-        shutil.rmtree(scratch, ignore_errors=True)
-
-    atexit.register(end)
-    wait_until(
-        lambda: path.exists() or template.poll() is not None, START_TIMEOUT_S, "the template"
-    )
-    return str(path)
-
-
-def _end_with_the_tests() -> None:
-    """In the new process: a mesh does not outlive tests that are killed."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _serve(process: subprocess.Popen[bytes], ready_file: Path, log: Path) -> Iterator[Mesh]:

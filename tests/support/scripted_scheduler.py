@@ -61,6 +61,8 @@ class ScriptedScheduler(mesh_pb2_grpc.SchedulerServicer):
     num_written: Counter[int] = field(default_factory=Counter)
     repeats: int = 0  # how often each token is sent again
     beats: bool = True
+    # Longer than a busy machine leaves any process alone.
+    lease_ms: int = 20_000
     _streams: list[asyncio.Queue[mesh_pb2.GatewayEvent | None]] = field(default_factory=list)
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     _running: dict[int, asyncio.Task[None]] = field(default_factory=dict)
@@ -75,7 +77,9 @@ class ScriptedScheduler(mesh_pb2_grpc.SchedulerServicer):
         self.num_attached += 1
         events: asyncio.Queue[mesh_pb2.GatewayEvent | None] = asyncio.Queue()
         self._streams.append(events)
-        welcome = mesh_pb2.WelcomeGateway(term=self.term, heartbeat_interval_ms=50, lease_ms=500)
+        welcome = mesh_pb2.WelcomeGateway(
+            term=self.term, heartbeat_interval_ms=50, lease_ms=self.lease_ms
+        )
         await context.write(mesh_pb2.GatewayEvent(welcome=welcome))
         await context.write(mesh_pb2.GatewayEvent(mesh=self._state()))
         async with asyncio.TaskGroup() as tasks:

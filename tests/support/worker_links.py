@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import grpc.aio
-from support.paths import REPO
+from support.template import fork_worker
 
+from benchmarks.recovery.part import Launch, Process
 from protos import mesh_pb2, mesh_pb2_grpc
 from stage_worker.options import WorkerOptions
 from stage_worker.server import serve
@@ -222,9 +225,9 @@ async def push_to(link: WorkerLink, epoch: Epoch, pipeline_id: str = "p") -> Pus
 
 @dataclass
 class WorkerProcess:
-    """`python -m stage_worker` as its own process."""
+    """A worker in a process of its own."""
 
-    process: asyncio.subprocess.Process
+    process: Process
     log: Path
 
     def signal(self, number: signal.Signals) -> None:
@@ -233,7 +236,7 @@ class WorkerProcess:
     async def wait(self) -> int:
         """Its exit code."""
         async with asyncio.timeout(TIMEOUT_S):
-            return await self.process.wait()
+            return await asyncio.to_thread(self.process.wait)
 
     def output(self) -> str:
         return self.log.read_text()
@@ -245,26 +248,33 @@ async def worker_process(
     scheduler_address: str,
     *flags: str,
     program: Sequence[str] = ("-m", "stage_worker"),
+    launch: Launch = fork_worker,
 ) -> AsyncIterator[WorkerProcess]:
     """Kills the process at the end where it still runs, and prints what it logged."""
-    with tempfile.NamedTemporaryFile(suffix=".log") as sink:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, *program, "--model", str(model)),
-            *("--scheduler", scheduler_address, "--listen", "127.0.0.1:0"),
-            *("--num-blocks", "32", *flags),
-            stdout=sink,
-            stderr=sink,
-            cwd=REPO,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)},
-        )
+    command = [
+        *(sys.executable, *program, "--model", str(model)),
+        *("--scheduler", scheduler_address, "--listen", "127.0.0.1:0"),
+        *("--num-blocks", "32", *flags),
+    ]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    link, workers_link = socket.socketpair()
+    with link, tempfile.NamedTemporaryFile(suffix=".log") as sink:
+        with workers_link:
+            process = launch(command, environ, workers_link.fileno(), sink.fileno())
         worker = WorkerProcess(process, Path(sink.name))
         try:
             yield worker
         finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
+            process.kill()
+            process.wait()
             sys.stdout.write(worker.output()[-4000:])
+
+
+def execute_alone(
+    command: Sequence[str], environ: Mapping[str, str], _link: int, output: int
+) -> Process:
+    """As somebody does at a terminal: there is no supervisor to report to."""
+    return subprocess.Popen(command, stdout=output, stderr=output, env=dict(environ))
 
 
 @asynccontextmanager
