@@ -1,4 +1,5 @@
-"""`python -m stage_worker.rank`: the process of a rank of a worker that is not the first one.
+"""`python -m stage_worker.rank`: the process of a rank of a worker that is not the first one. Where
+the worker was forked from a template, so is its rank from it (`stage_worker.forked_rank`).
 
 Before anything else it is tied to rank 0, whose child it is: it must never be left behind.
 """
@@ -16,8 +17,8 @@ from stage_worker.rank_options import RankOptions
 from stagemesh.supervision import end_with_parent
 
 
-def main() -> int:
-    options = RankOptions.from_argument(sys.argv[1])
+def run(options: RankOptions) -> int:
+    """Until rank 0 is gone. Returns the exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):  # for rank 0, which ends this one
         signal.signal(number, signal.SIG_IGN)
     end_with_parent()
@@ -41,4 +42,4 @@ def _end_when_over(life: socket.socket) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(RankOptions.from_argument(sys.argv[1])))

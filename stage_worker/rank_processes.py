@@ -16,24 +16,26 @@ import sys
 import tempfile
 from pathlib import Path
 
+from stage_worker.forked_rank import ForkedRank
 from stage_worker.rank_options import RankOptions, memory_bytes, shares_memory
 from stagemesh.errors import PeerLost
+from stagemesh.fork_server import was_forked
 
 _END_TIMEOUT_S = 5.0
 _MEMORY_DIR = "/dev/shm"
 
 
 class RankProcesses:
-    """Ranks 1 to `size` - 1, each a run of `module`. `links`: a socket to each. To be made on the
-    main thread."""
+    """Ranks 1 to `size` - 1, each a run of `module`, or forked where that is None. `links`: a
+    socket to each. To be made on the main thread."""
 
     def __init__(
-        self, size: int, transport: str = "auto", module: str = "stage_worker.rank"
+        self, size: int, transport: str = "auto", module: str | None = "stage_worker.rank"
     ) -> None:
         self.size = size
         self.links: list[socket.socket] = []
         self._lives: list[socket.socket] = []
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: list[subprocess.Popen[bytes] | ForkedRank] = []
         # A file without a name, whose pages are memory; it goes with the last process that has it.
         in_memory = _MEMORY_DIR if os.path.isdir(_MEMORY_DIR) else None
         self._memory = tempfile.TemporaryFile(dir=in_memory)  # noqa: SIM115
@@ -88,24 +90,30 @@ class RankProcesses:
         for process in self._processes:
             process.kill()
 
-    def _start(self, rank: int, module: str) -> None:
+    def _start(self, rank: int, module: str | None) -> None:
         link, their_link = socket.socketpair()
         life, their_life = socket.socketpair()
         options = self.own.of_rank(rank, their_link.fileno(), their_life.fileno())
         with their_link, their_life:
-            process = subprocess.Popen(
-                [sys.executable, "-m", module, options.as_argument()],
-                stdin=subprocess.DEVNULL,
-                pass_fds=options.fds,
-            )
+            self._processes.append(_executed(options, module) if module else ForkedRank(options))
         self.links.append(link)
         self._lives.append(life)
-        self._processes.append(process)
 
 
 def start_ranks(size: int, transport: str) -> RankProcesses | None:
-    """None for a worker of one rank. Raises ConfigError."""
-    return RankProcesses(size, transport) if size > 1 else None
+    """None for a worker of one rank. To be called before anything else is begun. Raises
+    ConfigError."""
+    if size == 1:
+        return None
+    return RankProcesses(size, transport, None if was_forked() else "stage_worker.rank")
+
+
+def _executed(options: RankOptions, module: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", module, options.as_argument()],
+        stdin=subprocess.DEVNULL,
+        pass_fds=options.fds,
+    )
 
 
 def _resolve(gone: asyncio.Future[int], rank: int) -> None:

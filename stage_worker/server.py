@@ -74,8 +74,8 @@ async def serve(
     dtype = options.resolved_dtype(spec.dtype)
     options.resolved_kv_dtype(dtype)  # refused before anything is begun
     check_divides(spec, options.tensor_parallel, options.expert_parallel)
-    server = RpcServer(options.listen)
     ranks = start_ranks(options.tensor_parallel, options.rank_transport)
+    server = RpcServer(options.listen)
     device = DeviceThread()
 
     def end_all_hard() -> None:

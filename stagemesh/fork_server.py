@@ -23,6 +23,12 @@ MAX_REQUEST_BYTES = 1 << 18
 _REQUEST_TIMEOUT_S = 5.0
 # Read by a service when it starts. All others may have been read by a library as it was imported.
 _FREE_PREFIX = "STAGEMESH_"
+_was_forked = False
+
+
+def was_forked() -> bool:
+    """Whether this process began as a copy of a template."""
+    return _was_forked
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +154,8 @@ def _has_gone(connection: socket.socket) -> bool:
 
 def _become(request: ForkRequest, link: int, output: int) -> None:
     """Makes a new process what it would be, had it been executed."""
+    global _was_forked
+    _was_forked = True
     os.setsid()
     os.chdir(request.directory)
     os.environ.clear()

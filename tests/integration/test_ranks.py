@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from support.mesh import Mesh, greedy_request, running_mesh
+from support.mesh import Mesh, greedy_request, running_mesh, started_up
 from support.paths import DEMO_MODEL, shared
 from support.waiting import wait_until
 
@@ -47,8 +47,8 @@ def cases() -> list[dict[str, Any]]:
 
 
 def ranks_of(pid: int) -> list[int]:
-    children = psutil.Process(pid).children()
-    return [child.pid for child in children if "stage_worker.rank" in child.cmdline()]
+    """A worker has no other children."""
+    return [child.pid for child in psutil.Process(pid).children()]
 
 
 def lives(pid: int) -> bool:
@@ -86,6 +86,19 @@ def test_status_shows_the_ranks_and_counts_their_memory(mesh: Mesh) -> None:
     )
 
 
+def descriptors(pid: int) -> set[str]:
+    """What is open in a process, but for the two streams that it writes to."""
+    links = [link for link in Path(f"/proc/{pid}/fd").iterdir() if int(link.name) > 2]
+    return {os.readlink(link) for link in links}
+
+
+def test_a_rank_that_was_forked_has_nothing_of_its_worker(mesh: Mesh) -> None:
+    worker = ranked_worker(mesh)
+    (rank,) = ranks_of(worker)
+    in_common = descriptors(worker) & descriptors(rank)
+    assert all("(deleted)" in each for each in in_common), "but the memory in which they meet"
+
+
 def ranked_stats(mesh: Mesh) -> Any:
     return next(w.stats for w in mesh.status().workers if w.tensor_parallel == 2)
 
@@ -116,32 +129,16 @@ def test_a_stream_goes_on_when_a_rank_dies_or_hangs(
     wait_until(lambda: len(mesh.status().workers) == 2, TIMEOUT_S, "the worker to be back")
 
 
-def test_what_is_killed_with_up_or_stopped_leaves_nothing(tmp_path: Path) -> None:
-    for number in (signal.SIGKILL, signal.SIGTERM):
-        ready_file = tmp_path / f"ready{int(number)}"
-        up = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "stagemesh.cli.main", "up", "--stages", "1"),
-                *("--tensor-parallel", "2", "--grpc-port", "0", "--http-port", "0"),
-                *("--scheduler-port", "0", "--ready-file", str(ready_file)),
-            ],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        try:
-            wait_until(ready_file.exists, TIMEOUT_S, "the mesh")
-            processes = json.loads(ready_file.read_text())["processes"]
-            pids = [process["pid"] for process in processes]
-            pids += [rank for pid in list(pids) for rank in ranks_of(pid)]
-            assert len(pids) == 4
-            up.send_signal(number)
-            up.wait(TIMEOUT_S)
-            wait_until(lambda pids=pids: not any(map(lives, pids)), 30.0, "every process to end")
-        finally:
-            up.kill()
-            up.wait()
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_what_is_killed_with_up_or_stopped_leaves_nothing(number: signal.Signals) -> None:
+    """Also ranks that are executed, as those of a worker that no template forked."""
+    with started_up("--stages", "1", "--tensor-parallel", "2") as up:
+        pids = up.pids
+        pids += [rank for pid in list(pids) for rank in ranks_of(pid)]
+        assert len(pids) == 4
+        up.process.send_signal(number)
+        up.process.wait(TIMEOUT_S)
+        wait_until(lambda: not any(map(lives, pids)), 30.0, "every process to end")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -11,12 +10,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import grpc
 import psutil
 import pytest
-from support.mesh import Mesh, collect, greedy_request, running_mesh
+from support.mesh import Mesh, collect, greedy_request, running_mesh, started_up
 from support.paths import DEMO_MODEL
 from support.waiting import wait_until
 
@@ -42,26 +40,6 @@ def free_ports(ready_file: Path) -> tuple[str, ...]:
     return ("--ready-file", str(ready_file), *ports)
 
 
-@contextlib.contextmanager
-def started(*argv: str, ready_file: Path) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
-    """`up` in a session of its own, once it serves, with what its ready file says."""
-    process = subprocess.Popen(
-        [*STAGEMESH, "up", *free_ports(ready_file), *argv],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        wait_until(lambda: ready_file.exists() or process.poll() is not None, TIMEOUT_S, "the mesh")
-        assert process.poll() is None, process.communicate()[0]
-        yield process, json.loads(ready_file.read_text())
-    finally:
-        process.kill()
-        process.communicate()
-
-
 def lives(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
@@ -69,8 +47,7 @@ def lives(pid: int) -> bool:
         return False
 
 
-def wait_gone(ready: dict[str, Any]) -> None:
-    pids = [process["pid"] for process in ready["processes"]]
+def wait_gone(pids: list[int]) -> None:
     wait_until(lambda: not any(map(lives, pids)), 30.0, "every process to end")
 
 
@@ -185,49 +162,51 @@ def test_a_port_in_use_is_one_sentence(
     assert last == f"stagemesh up: {role}: 127.0.0.1:{port} is in use by another process"
 
 
-def test_ctrl_c_lets_requests_end_and_leaves_nothing(tmp_path: Path) -> None:
-    ready_file = tmp_path / "ready.json"
+def test_ctrl_c_lets_requests_end_and_leaves_nothing() -> None:
     with (
-        started("--stages", "1", "--drain-timeout", "60s", ready_file=ready_file) as (up, ready),
-        grpc.insecure_channel(ready["grpc"]) as channel,
+        started_up("--stages", "1", "--drain-timeout", "60s") as up,
+        grpc.insecure_channel(up.ready["grpc"]) as channel,
     ):
+        ready, pids = up.ready, up.pids
         request = greedy_request("Once upon a time", 200, ignore_eos=True)
         stream = pb_grpc.TextGenerationStub(channel).Generate(request, timeout=TIMEOUT_S)
         first = next(stream)
-        up.send_signal(signal.SIGINT)
+        up.process.send_signal(signal.SIGINT)
         assert len(collect([first, *stream]).token_ids) == 200
-        output, _ = up.communicate(timeout=30)
-        assert up.returncode == 0, output
-        assert f"gRPC       {ready['grpc']}" in output
-        assert not ready_file.exists()
-        wait_gone(ready)
+        assert up.process.wait(30) == 0
+        assert f"gRPC       {ready['grpc']}" in up.log.read_text()
+        assert not up.ready_file.exists()
+        wait_gone(pids)
 
 
-def test_ctrl_c_ends_a_worker_that_does_not_answer(tmp_path: Path) -> None:
-    with started("--stages", "1", ready_file=tmp_path / "ready.json") as (up, ready):
-        for process in ready["processes"]:
+def test_ctrl_c_ends_a_worker_that_does_not_answer() -> None:
+    with started_up("--stages", "1") as up:
+        pids = up.pids
+        for process in up.ready["processes"]:
             if process["role"] == "worker":
                 os.kill(process["pid"], signal.SIGSTOP)
-        up.send_signal(signal.SIGTERM)
-        assert up.wait(timeout=60) == 0
-        wait_gone(ready)
+        up.process.send_signal(signal.SIGTERM)
+        assert up.process.wait(timeout=60) == 0
+        wait_gone(pids)
 
 
-def test_a_killed_up_takes_its_processes_with_it(tmp_path: Path) -> None:
-    with started("--stages", "1", ready_file=tmp_path / "ready.json") as (up, ready):
-        up.kill()
-        wait_gone(ready)
+def test_a_killed_up_takes_its_processes_with_it() -> None:
+    with started_up("--stages", "1") as up:
+        pids = up.pids
+        up.process.kill()
+        wait_gone(pids)
 
 
 @pytest.mark.parametrize("role", ["scheduler", "gateway"])
-def test_the_death_of_what_the_mesh_needs_ends_it(tmp_path: Path, role: str) -> None:
-    with started("--stages", "1", ready_file=tmp_path / "ready.json") as (up, ready):
-        (process,) = (p for p in ready["processes"] if p["role"] == role)
+def test_the_death_of_what_the_mesh_needs_ends_it(role: str) -> None:
+    with started_up("--stages", "1") as up:
+        pids = up.pids
+        (process,) = (p for p in up.ready["processes"] if p["role"] == role)
         os.kill(process["pid"], signal.SIGKILL)
-        output, _ = up.communicate(timeout=60)
-        assert up.returncode == 1
-        assert f"stagemesh up: {role}: the process was ended by SIGKILL" in output
-        wait_gone(ready)
+        assert up.process.wait(timeout=60) == 1
+        told = f"stagemesh up: {role}: the process was ended by SIGKILL"
+        assert told in up.log.read_text()
+        wait_gone(pids)
 
 
 def test_the_death_of_a_worker_is_reported_and_the_mesh_goes_on() -> None:
@@ -276,9 +255,9 @@ def test_nobody_there_is_one_sentence(command: tuple[str, ...]) -> None:
 def test_options_from_a_file_reach_the_services(tmp_path: Path) -> None:
     config = tmp_path / "mesh.toml"
     config.write_text('[up]\nstages = 1\n[gateway]\nserved_model_name = "storyteller"\n')
-    with started("--config", str(config), ready_file=tmp_path / "ready.json") as (_, ready):
-        assert [p["role"] for p in ready["processes"]].count("worker") == 1
-        with grpc.insecure_channel(ready["grpc"]) as channel:
+    with started_up("--config", str(config)) as up:
+        assert [p["role"] for p in up.ready["processes"]].count("worker") == 1
+        with grpc.insecure_channel(up.ready["grpc"]) as channel:
             stub = pb_grpc.TextGenerationStub(channel)
             model = stub.GetModel(pb.GetModelRequest(), timeout=30)
         assert model.model == "storyteller"

@@ -131,24 +131,42 @@ def is_idle(status: mesh_pb2.GetStatusResponse) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class Up:
+    """`stagemesh up` that serves, as a process."""
+
+    process: subprocess.Popen[bytes]
+    ready_file: Path
+    log: Path
+
+    @property
+    def ready(self) -> dict[str, Any]:
+        """What it says of itself now."""
+        found: dict[str, Any] = json.loads(self.ready_file.read_text())
+        return found
+
+    @property
+    def pids(self) -> list[int]:
+        return [process["pid"] for process in self.ready["processes"]]
+
+
 @contextlib.contextmanager
-def running_mesh(model: Path, *options: str, stages: int = 2, replicas: int = 1) -> Iterator[Mesh]:
-    """Starts `stagemesh up` on free ports; ends it with Ctrl-C and checks that it ended well."""
+def started_up(*options: str, **environ: str) -> Iterator[Up]:
+    """Starts `stagemesh up` on free ports, in a session of its own. Where it still runs in the end
+    it is killed."""
     with tempfile.TemporaryDirectory() as scratch:
         ready_file, log = Path(scratch, "ready.json"), Path(scratch, "up.log")
         command = [
-            *(sys.executable, "-m", "stagemesh.cli.main", "up", "--model", str(model)),
-            *("--stages", str(stages), "--replicas", str(replicas), "--grpc-port", "0"),
+            *(sys.executable, "-m", "stagemesh.cli.main", "up", "--grpc-port", "0"),
             *("--http-port", "0", "--scheduler-port", "0", "--ready-file", str(ready_file)),
             *options,
         ]
-        env = {**template_environ(), PATH_VARIABLE: shared_template()}
         with log.open("wb") as sink:
             process = subprocess.Popen(
                 command,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
-                env=env,
+                env={**template_environ(), **environ},
                 start_new_session=True,
                 preexec_fn=end_with_the_tests,
             )
@@ -159,20 +177,24 @@ def running_mesh(model: Path, *options: str, stages: int = 2, replicas: int = 1)
                 "the mesh to serve",
             )
             assert process.poll() is None, log.read_text()
-            yield from _serve(process, ready_file, log)
-            process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=30.0) == 0, log.read_text()
+            yield Up(process, ready_file, log)
         finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+            process.kill()
+            process.wait()
             sys.stdout.write(log.read_text()[-4000:])
 
 
-def _serve(process: subprocess.Popen[bytes], ready_file: Path, log: Path) -> Iterator[Mesh]:
-    ready = json.loads(ready_file.read_text())
-    with (
-        grpc.insecure_channel(ready["grpc"]) as channel,
-        grpc.insecure_channel(ready["scheduler"]) as scheduler_channel,
-    ):
-        yield Mesh(process, ready, channel, scheduler_channel, log, ready_file)
+@contextlib.contextmanager
+def running_mesh(model: Path, *options: str, stages: int = 2, replicas: int = 1) -> Iterator[Mesh]:
+    """Starts `stagemesh up`, whose workers a template forks that tests share; ends it with Ctrl-C
+    and checks that it ended well."""
+    shape = ("--stages", str(stages), "--replicas", str(replicas))
+    template = {PATH_VARIABLE: shared_template()}
+    with started_up("--model", str(model), *shape, *options, **template) as up:
+        with (
+            grpc.insecure_channel(up.ready["grpc"]) as channel,
+            grpc.insecure_channel(up.ready["scheduler"]) as scheduler_channel,
+        ):
+            yield Mesh(up.process, up.ready, channel, scheduler_channel, up.log, up.ready_file)
+        up.process.send_signal(signal.SIGINT)
+        assert up.process.wait(timeout=30.0) == 0, up.log.read_text()
