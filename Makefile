@@ -43,10 +43,10 @@ demo: $(RUNTIME)
 up: $(RUNTIME)
 	@$(BIN)/stagemesh up $(ARGS)
 
-# What only computes runs on all cores at once; what runs meshes has the machine to itself.
+# What only computes runs on all cores at once, file by file; what runs meshes has the machine to itself.
 test: $(DEV)
 ifeq ($(ARGS),)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup $(COMPUTING)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(COMPUTING)
 	$(BIN)/python -m pytest $(RUNNING)
 else
 	$(BIN)/python -m pytest $(ARGS)

@@ -38,8 +38,8 @@ class Measured:
 
 
 @contextmanager
-def mesh(model: Path, num_stages: int) -> Iterator[dict[str, Any]]:
-    """One thread a stage."""
+def mesh(model: Path, num_stages: int, *options: str, **environ: str) -> Iterator[dict[str, Any]]:
+    """One thread a stage. What its ready file says, once it serves."""
     with tempfile.TemporaryDirectory() as scratch:
         ready = Path(scratch, "ready.json")
         log = Path(scratch, "log")
@@ -49,10 +49,11 @@ def mesh(model: Path, num_stages: int) -> Iterator[dict[str, Any]]:
                     *(sys.executable, "-m", "stagemesh.cli.main", "up", "--model", str(model)),
                     *("--stages", str(num_stages), "--grpc-port", "0", "--http-port", "0"),
                     *("--scheduler-port", "0", "--ready-file", str(ready)),
+                    *options,
                 ],
                 stdout=sink,
                 stderr=sink,
-                env={**os.environ, "STAGEMESH_THREADS_PER_STAGE": "1"},
+                env={**os.environ, "STAGEMESH_THREADS_PER_STAGE": "1", **environ},
             )
         try:
             while not ready.exists():

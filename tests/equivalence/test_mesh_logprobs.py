@@ -11,8 +11,6 @@ from support.paths import shared
 from protos import text_generation_pb2 as pb
 
 MODEL = shared("models/stories260K")
-# Together, so that what they are compared with is computed once.
-pytestmark = pytest.mark.xdist_group("mesh log-probabilities")
 CASES = json.loads((MODEL / "reference.json").read_text())["cases"]
 ALL, EVERY_FOURTH = slice(None), slice(None, None, 4)
 

@@ -9,8 +9,6 @@ from support.paths import shared
 from protos import text_generation_pb2 as pb
 
 MODEL = shared("models/stories260K")
-# Together, so that what they are compared with is computed once.
-pytestmark = pytest.mark.xdist_group("mesh sampling")
 NUM_REQUESTS = 32
 
 

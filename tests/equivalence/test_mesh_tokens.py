@@ -15,8 +15,6 @@ from support.waiting import wait_until
 from protos import text_generation_pb2 as pb
 
 MODEL = shared("models/stories260K")
-# Together, so that each mesh is started once.
-pytestmark = pytest.mark.xdist_group("mesh tokens")
 
 # The model has 5 layers. 7-token chunks cut every prompt of the reference; 40 blocks of 8 hold 320
 # tokens, less than two of the longest cases together, so that 25 cases at once must preempt.
