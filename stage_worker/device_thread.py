@@ -1,4 +1,5 @@
-"""The one thread that touches torch: takes work in order, tells the event loop what came of it.
+"""The one thread that touches torch, but for one that reads experts ahead (`expert_fetch.py`): takes
+work in order, tells the event loop what came of it.
 
 Does no I/O and knows nothing of steps and models. Everything about order in a worker rests on this
 queue: what was submitted later runs later.

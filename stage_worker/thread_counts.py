@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from stagemesh.plan import Step
@@ -23,3 +26,16 @@ class ThreadCounts:
         wanted = self._alone if step.alone else _USUAL
         if torch.get_num_threads() != wanted:
             torch.set_num_threads(wanted)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For work beside the steps, on another thread than theirs; their number stays as it is.
+
+    A thread that begins to compute meanwhile would begin with one as well: no worker has such.
+    """
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(_USUAL)

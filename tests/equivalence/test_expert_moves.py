@@ -1,0 +1,248 @@
+"""Experts that come to other ranks while requests run: tokens stay right, and no step waits."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from structlog.testing import capture_logs
+from support.checkpoints import tiny_model
+from support.mesh import greedy_request, running_mesh, wait_until
+from support.mixtures import (
+    MIXTURE,
+    add_tokenizer,
+    greedy_after,
+    greedy_tokens,
+    sampled,
+    skewed_model,
+    wishes,
+)
+from support.stages import Chain
+from support.thread_ranks import ranked_chain
+
+from stage_worker import fbgemm
+from stage_worker.collectives import Group
+from stage_worker.expert_fetch import THREAD_NAME
+from stage_worker.expert_placement import PlacementBalance, place
+from stage_worker.rank_processes import RankProcesses
+from stage_worker.ranked_stage import RankedStage
+
+PLACED = "experts are placed anew"
+GIVEN_UP = "experts could not be fetched and stay where they are"
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        "none",
+        pytest.param(
+            "int8", marks=pytest.mark.skipif(not fbgemm.is_available(), reason="needs AVX2")
+        ),
+    ],
+)
+def test_experts_that_move_while_requests_run(scheme: str, tmp_path: Path) -> None:
+    """Another placement now and then, read while steps go on: on other ranks, on several, and
+    back."""
+    tiny_model(MIXTURE, tmp_path)
+    path = tmp_path / MIXTURE.name
+    expected = [sampled(live) for live in Chain(path, quantization=scheme).run(wishes(6))]
+    counts = ([9, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 9], [0, 5, 0, 0, 7, 0], [1] * 6)
+    placements = itertools.cycle(place(tokens, 4, 1) for tokens in counts)
+    options: dict[str, Any] = {"expert_parallel": True, "redundant_experts": 1}
+    with ranked_chain(path, (4,), quantization=scheme, **options) as chain:
+        (stage,) = chain.stages
+        execute, num_steps, told = stage.execute, itertools.count(), list[bool]()
+        placement = next(placements)
+
+        def execute_and_move(*step: Any) -> Any:
+            nonlocal placement
+            turn = next(num_steps) % 8
+            if turn == 2:
+                placement = next(placements)
+                told.clear()
+                for rank in stage.ranks:
+                    rank.experts.fetch(2, placement, told.append)
+            if turn == 5:
+                wait_until(lambda: len(told) == 4, 10.0, "experts")
+                assert all(told)
+                for rank in stage.ranks:
+                    rank.experts.place(2, placement)
+            return execute(*step)
+
+        stage.execute = execute_and_move
+        found = [sampled(live) for live in chain.run(wishes(6), chunk=7, max_rows=4)]
+        assert next(num_steps) > 16
+    assert found == expected
+
+
+class Ranks(NamedTuple):
+    """Two processes, of which this one is the first: they load one stage after another."""
+
+    processes: RankProcesses
+    group: Group
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    processes = RankProcesses(2)
+    yield Ranks(processes, processes.own.open_group())
+    processes.kill()
+
+
+@pytest.fixture(scope="module")
+def skewed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    return skewed_model(tmp_path_factory.mktemp("skewed"))
+
+
+class Moving:
+    """A stage of two ranks that looks every few steps whether it should move experts, and what it
+    was seen to log."""
+
+    def __init__(self, reference: Any, chain: Chain, logged: list[Any]) -> None:
+        self._reference = reference
+        self._chain = chain
+        self._logged = logged
+        self.stage: Any = chain.stages[0]
+
+    def run(self) -> None:
+        """Some requests, of right tokens: 12 steps, and more."""
+        for live in self._chain.run(wishes(3), max_rows=2):
+            assert sampled(live) == greedy_tokens(self._reference, live)
+
+    def run_until(self, condition: Any) -> None:
+        for _ in range(100):
+            self.run()
+            if condition():
+                return
+        raise AssertionError("100 times requests ran, and nothing came of it")
+
+    def logs(self, event: str) -> list[Any]:
+        return [entry for entry in self._logged if entry["event"] == event]
+
+
+@pytest.fixture
+def moving(
+    ranks: Ranks, skewed: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Moving]:
+    reference, path = skewed
+    monkeypatch.setattr(
+        "stage_worker.ranked_stage.PlacementBalance", partial(PlacementBalance, steps_between=4)
+    )
+    with capture_logs() as logged:
+        yield Moving(reference, load(path, ranks), logged)
+
+
+def load(path: Path, ranks: Ranks) -> Chain:
+    def load(config: Any) -> Any:
+        return RankedStage.load(config, lambda *_: None, ranks.processes, ranks.group)
+
+    return Chain(path, load=load, num_blocks=64, expert_parallel=True, redundant_experts=1)
+
+
+def num_reading() -> int:
+    return sum(thread.name == THREAD_NAME for thread in threading.enumerate())
+
+
+class Fault:
+    """Rank 0's reads wait until `goes_on`, and fail then if there is an `error`."""
+
+    def __init__(self, files: Any, error: Exception | None = None) -> None:
+        self._files = files
+        self._error = error
+        self.goes_on = threading.Event()
+
+    def read(self, *what: Any) -> Iterator[Any]:
+        assert self.goes_on.wait(60.0)
+        if self._error is not None:
+            raise self._error
+        yield from self._files.read(*what)
+
+
+def test_steps_go_on_while_files_do_not_answer_and_after_they_are_gone(
+    moving: Moving, skewed: tuple[Any, Path]
+) -> None:
+    """On both ranks: whoever opens a pipe waits for somebody who writes."""
+    weights = skewed[1] / "model.safetensors"
+    pipe, aside = Path(f"{weights}.index.json"), weights.with_suffix(".aside")
+    os.mkfifo(pipe)
+    weights.rename(aside)
+    moving.run_until(num_reading)
+    moving.run()
+    assert num_reading() == 1, "nothing else is begun meanwhile"
+    assert moving.logs(PLACED) == moving.logs(GIVEN_UP) == []
+
+    def release() -> None:
+        with contextlib.suppress(OSError):  # nobody reads, any more or yet
+            os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+
+    def is_given_up() -> bool:
+        release()
+        return bool(moving.logs(GIVEN_UP))
+
+    moving.run_until(is_given_up)
+    assert {entry["rank"] for entry in moving.logs(GIVEN_UP)} == {0, 1}
+    assert "index.json cannot be read" in moving.logs(GIVEN_UP)[0]["reason"]
+    assert not moving.logs(PLACED)
+
+    def has_moved_twice() -> bool:
+        release()
+        return len(moving.logs(PLACED)) >= 2
+
+    aside.rename(weights)
+    moving.run_until(has_moved_twice)
+    pipe.unlink()
+
+
+def test_one_rank_that_cannot_read_keeps_all_where_they_are(
+    moving: Moving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = moving.stage.experts
+    fault = Fault(experts._files, OSError("the disk is broken"))
+    fault.goes_on.set()
+    with monkeypatch.context() as patch:
+        patch.setattr(experts, "_files", fault)
+        moving.run_until(lambda: len(moving.logs(GIVEN_UP)) >= 2)
+        assert {(entry["rank"], entry["reason"]) for entry in moving.logs(GIVEN_UP)} == {
+            (0, "OSError: the disk is broken")
+        }
+        assert not moving.logs(PLACED)
+    moving.run_until(lambda: bool(moving.logs(PLACED)))
+
+
+def test_layers_that_are_loaded_while_experts_are_read(
+    moving: Moving, skewed: tuple[Any, Path], ranks: Ranks
+) -> None:
+    """What was read for the old ones is none of theirs, whenever it comes."""
+    old = moving.stage.experts
+    old._files = fault = Fault(old._files)
+    moving.run_until(num_reading)
+    moving._chain = load(skewed[1], ranks)
+    moving.stage = old = None
+    moving.run()
+    fault.goes_on.set()
+    moving.run_until(lambda: len(moving.logs(PLACED)) >= 2)
+    assert not moving.logs(GIVEN_UP)
+    assert num_reading() <= 1
+
+
+def test_busy_experts_come_to_be_on_several_ranks(tmp_path: Path) -> None:
+    """The mesh moves them by itself, and nobody notices."""
+    reference, path = skewed_model(tmp_path)
+    add_tokenizer(path)
+    options = ("--tensor-parallel", "2", "--expert-parallel", "--redundant-experts", "1")
+    prompts = [wish.prompt for wish in wishes(4)]
+    requests = [greedy_request(prompt, 80, ignore_eos=True) for prompt in prompts]
+    with running_mesh(path, *options, stages=1) as mesh:
+        for _ in range(20):
+            for prompt, output in zip(prompts, mesh.generate_all(requests), strict=True):
+                assert output.token_ids == greedy_after(reference, prompt, output.token_ids)
+            if mesh.log.read_text().count(PLACED) >= 2:
+                return
+    raise AssertionError("nothing was moved")
