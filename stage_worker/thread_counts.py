@@ -30,12 +30,11 @@ class ThreadCounts:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """For work beside the steps, on another thread than theirs; their number stays as it is.
-
-    A thread that begins to compute meanwhile would begin with one as well: no worker has such.
-    """
+    """For work beside the steps, on another thread than theirs: what they have stays as it is. A
+    thread that only begins to compute meanwhile would begin with one, too."""
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(_USUAL)
+        torch.set_num_threads(before)
