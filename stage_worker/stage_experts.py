@@ -11,7 +11,7 @@ from stage_worker.expert_fetch import ExpertFetch, Tell
 from stage_worker.expert_files import ExpertFiles
 from stage_worker.expert_placement import Placement
 from stage_worker.experts import SparseMlp
-from stage_worker.memory import trim
+from stage_worker.memory import trim_host
 from stage_worker.weights import StageWeights
 from stagemesh.errors import ProtocolError, StageMeshError
 from stagemesh.plan import Span
@@ -67,11 +67,12 @@ class StageExperts:
             raise ProtocolError(f"experts {sorted(lacking)} of layer {layer} have not been fetched")
         mlp.hold(placement, self._rank, held.fetch.experts.__getitem__)
         self._fetch = None
-        trim()
+        # Nothing of an expert hangs in cycles: to look for those takes longer than many steps.
+        trim_host()
 
     def drop(self) -> StageMeshError | None:
         """Forgets what was fetched, whether or not it is there; returns what it failed of."""
         error = self._fetch.fetch.error if self._fetch is not None else None
         self._fetch = None
-        trim()
+        trim_host()
         return error

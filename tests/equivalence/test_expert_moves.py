@@ -59,13 +59,13 @@ def test_experts_that_move_while_requests_run(tmp_path: Path) -> None:
 
         def execute_and_move(*step: Any) -> Any:
             nonlocal placement
-            turn = next(num_steps) % 8
-            if turn == 2:
+            turn = next(num_steps) % 4
+            if turn == 1:
                 placement = next(placements)
                 told.clear()
                 for rank in stage.ranks:
                     rank.experts.fetch(2, placement, told.append)
-            if turn == 5:
+            if turn == 3:
                 wait_until(lambda: len(told) == 4, 10.0, "experts")
                 assert all(told)
                 for rank in stage.ranks:
@@ -73,9 +73,9 @@ def test_experts_that_move_while_requests_run(tmp_path: Path) -> None:
             return execute(*step)
 
         stage.execute = execute_and_move
-        for live in chain.run(wishes(6), chunk=7, max_rows=4):
+        for live in chain.run(wishes(3), chunk=7, max_rows=4):
             assert sampled(live) == greedy_tokens(reference, live)
-        assert next(num_steps) > 16
+        assert next(num_steps) > 16, "each of the placements had its steps"
 
 
 @pytest.mark.skipif(not fbgemm.is_available(), reason="needs AVX2")
@@ -139,8 +139,8 @@ class Moving:
         self.stage: Any = chain.stages[0]
 
     def run(self) -> None:
-        """Some requests, of right tokens: 12 steps, and more."""
-        for live in self._chain.run(wishes(3), max_rows=2):
+        """Two requests, of right tokens: 12 steps."""
+        for live in self._chain.run(wishes(2)):
             assert sampled(live) == greedy_tokens(self._reference, live)
 
     def run_until(self, condition: Any) -> None:
@@ -160,7 +160,7 @@ def moving(
 ) -> Iterator[Moving]:
     reference, path = skewed
     monkeypatch.setattr(
-        "stage_worker.ranked_stage.PlacementBalance", partial(PlacementBalance, steps_between=4)
+        "stage_worker.ranked_stage.PlacementBalance", partial(PlacementBalance, steps_between=2)
     )
     with capture_logs() as logged:
         yield Moving(reference, load(path, ranks), logged)
@@ -218,12 +218,12 @@ def test_steps_go_on_while_files_do_not_answer_and_after_they_are_gone(
     assert "index.json cannot be read" in moving.logs(GIVEN_UP)[0]["reason"]
     assert not moving.logs(PLACED)
 
-    def has_moved_twice() -> bool:
+    def has_moved() -> bool:
         release()
-        return len(moving.logs(PLACED)) >= 2
+        return bool(moving.logs(PLACED))
 
     aside.rename(weights)
-    moving.run_until(has_moved_twice)
+    moving.run_until(has_moved)
     pipe.unlink()
 
 
@@ -235,7 +235,7 @@ def test_one_rank_that_cannot_read_keeps_all_where_they_are(
     fault.goes_on.set()
     with monkeypatch.context() as patch:
         patch.setattr(experts, "_files", fault)
-        moving.run_until(lambda: len(moving.logs(GIVEN_UP)) >= 2)
+        moving.run_until(lambda: bool(moving.logs(GIVEN_UP)))
         assert {(entry["rank"], entry["reason"]) for entry in moving.logs(GIVEN_UP)} == {
             (0, "OSError: the disk is broken")
         }
@@ -254,7 +254,7 @@ def test_layers_that_are_loaded_while_experts_are_read(
     moving.stage = old = None
     moving.run()
     fault.goes_on.set()
-    moving.run_until(lambda: len(moving.logs(PLACED)) >= 2)
+    moving.run_until(lambda: bool(moving.logs(PLACED)))
     assert not moving.logs(GIVEN_UP)
     assert num_reading() <= 1
 
@@ -267,9 +267,9 @@ def test_busy_experts_come_to_be_on_several_ranks(tmp_path: Path) -> None:
     prompts = [wish.prompt for wish in wishes(4)]
     requests = [greedy_request(prompt, 80, ignore_eos=True) for prompt in prompts]
     with running_mesh(path, *options, stages=1) as mesh:
-        for _ in range(20):
+        for _ in range(20):  # the first time mostly does
             for prompt, output in zip(prompts, mesh.generate_all(requests), strict=True):
                 assert output.token_ids == greedy_after(reference, prompt, output.token_ids)
-            if mesh.log.read_text().count(PLACED) >= 2:
+            if PLACED in mesh.log.read_text():
                 return
     raise AssertionError("nothing was moved")
