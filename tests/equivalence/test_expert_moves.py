@@ -15,7 +15,7 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 from support.checkpoints import tiny_model
-from support.mesh import greedy_request, running_mesh, wait_until
+from support.mesh import greedy_request, running_mesh
 from support.mixtures import (
     MIXTURE,
     add_tokenizer,
@@ -27,6 +27,7 @@ from support.mixtures import (
 )
 from support.stages import Chain
 from support.thread_ranks import ranked_chain
+from support.waiting import wait_until
 
 from stage_worker import fbgemm
 from stage_worker.collectives import Group

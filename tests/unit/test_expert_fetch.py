@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.mesh import wait_until
+from support.waiting import wait_until
 
 from stage_worker.expert_fetch import THREAD_NAME, ExpertFetch
 from stagemesh.errors import CheckpointError, InternalError
