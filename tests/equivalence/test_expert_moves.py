@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -144,7 +143,7 @@ class Moving:
         for live in self._chain.run(wishes(2)):
             assert sampled(live) == greedy_tokens(self._reference, live)
 
-    def run_until(self, condition: Any) -> None:
+    def run_until(self, condition: Callable[[], Any]) -> None:
         for _ in range(100):
             self.run()
             if condition():
@@ -193,25 +192,47 @@ class Fault:
         yield from self._files.read(*what)
 
 
+class Unanswered:
+    """A model whose files do not answer: a pipe in their place, whose readers wait for somebody who
+    writes."""
+
+    def __init__(self, model: Path) -> None:
+        self._weights = model / "model.safetensors"
+        self._aside = self._weights.with_suffix(".aside")
+        self._pipe = Path(f"{self._weights}.index.json")
+        os.mkfifo(self._pipe)
+        self._weights.rename(self._aside)
+
+    def writer(self) -> int | None:
+        """A file to write to, where somebody reads: who does waits then until it is closed."""
+        try:
+            return os.open(self._pipe, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:
+            return None
+
+    def end(self) -> None:
+        """Of the file, for whoever reads now."""
+        writer = self.writer()
+        if writer is not None:
+            os.close(writer)
+
+    def restore(self) -> None:
+        """Readers of before still wait."""
+        self._aside.rename(self._weights)
+
+
 def test_steps_go_on_while_files_do_not_answer_and_after_they_are_gone(
     moving: Moving, skewed: tuple[Any, Path]
 ) -> None:
-    """On both ranks: whoever opens a pipe waits for somebody who writes."""
-    weights = skewed[1] / "model.safetensors"
-    pipe, aside = Path(f"{weights}.index.json"), weights.with_suffix(".aside")
-    os.mkfifo(pipe)
-    weights.rename(aside)
+    """On both ranks."""
+    pipe = Unanswered(skewed[1])
     moving.run_until(num_reading)
     moving.run()
     assert num_reading() == 1, "nothing else is begun meanwhile"
     assert moving.logs(PLACED) == moving.logs(GIVEN_UP) == []
 
-    def release() -> None:
-        with contextlib.suppress(OSError):  # nobody reads, any more or yet
-            os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
-
     def is_given_up() -> bool:
-        release()
+        pipe.end()
         return bool(moving.logs(GIVEN_UP))
 
     moving.run_until(is_given_up)
@@ -220,12 +241,11 @@ def test_steps_go_on_while_files_do_not_answer_and_after_they_are_gone(
     assert not moving.logs(PLACED)
 
     def has_moved() -> bool:
-        release()
+        pipe.end()
         return bool(moving.logs(PLACED))
 
-    aside.rename(weights)
+    pipe.restore()
     moving.run_until(has_moved)
-    pipe.unlink()
 
 
 def test_one_rank_that_cannot_read_keeps_all_where_they_are(
@@ -261,16 +281,22 @@ def test_layers_that_are_loaded_while_experts_are_read(
 
 
 def test_busy_experts_come_to_be_on_several_ranks(tmp_path: Path) -> None:
-    """The mesh moves them by itself, and nobody notices."""
+    """The mesh moves them by itself, nobody notices, and it ends well while others are read."""
     reference, path = skewed_model(tmp_path)
     add_tokenizer(path)
     options = ("--tensor-parallel", "2", "--expert-parallel", "--redundant-experts", "1")
     prompts = [wish.prompt for wish in wishes(4)]
     requests = [greedy_request(prompt, 80, ignore_eos=True) for prompt in prompts]
     with running_mesh(path, *options, stages=1) as mesh:
-        for _ in range(20):  # the first time mostly does
-            for prompt, output in zip(prompts, mesh.generate_all(requests), strict=True):
-                assert output.token_ids == greedy_after(reference, prompt, output.token_ids)
-            if PLACED in mesh.log.read_text():
-                return
-    raise AssertionError("nothing was moved")
+
+        def run_until(condition: Callable[[], Any]) -> Any:
+            for _ in range(20):  # the first time mostly does
+                for prompt, output in zip(prompts, mesh.generate_all(requests), strict=True):
+                    assert output.token_ids == greedy_after(reference, prompt, output.token_ids)
+                if found := condition():
+                    return found
+            raise AssertionError("nothing came of it")
+
+        run_until(lambda: PLACED in mesh.log.read_text())
+        writer = run_until(Unanswered(path).writer)
+    os.close(writer)
