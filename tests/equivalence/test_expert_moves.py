@@ -26,6 +26,7 @@ from support.mixtures import (
 )
 from support.stages import Chain
 from support.thread_ranks import ranked_chain
+from support.unanswered import Unanswered
 from support.waiting import wait_until
 
 from stage_worker import fbgemm
@@ -190,35 +191,6 @@ class Fault:
         if self._error is not None:
             raise self._error
         yield from self._files.read(*what)
-
-
-class Unanswered:
-    """A model whose files do not answer: a pipe in their place, whose readers wait for somebody who
-    writes."""
-
-    def __init__(self, model: Path) -> None:
-        self._weights = model / "model.safetensors"
-        self._aside = self._weights.with_suffix(".aside")
-        self._pipe = Path(f"{self._weights}.index.json")
-        os.mkfifo(self._pipe)
-        self._weights.rename(self._aside)
-
-    def writer(self) -> int | None:
-        """A file to write to, where somebody reads: who does waits then until it is closed."""
-        try:
-            return os.open(self._pipe, os.O_WRONLY | os.O_NONBLOCK)
-        except OSError:
-            return None
-
-    def end(self) -> None:
-        """Of the file, for whoever reads now."""
-        writer = self.writer()
-        if writer is not None:
-            os.close(writer)
-
-    def restore(self) -> None:
-        """Readers of before still wait."""
-        self._aside.rename(self._weights)
 
 
 def test_steps_go_on_while_files_do_not_answer_and_after_they_are_gone(
