@@ -26,7 +26,7 @@ from protos import mesh_pb2 as protos_dot_mesh__pb2
 from protos import plan_pb2 as protos_dot_plan__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12protos/ranks.proto\x12\x0cstagemesh.v1\x1a\x11protos/mesh.proto\x1a\x11protos/plan.proto\"\xbf\x03\n\x0bRankCommand\x12\'\n\x04load\x18\x01 \x01(\x0b\x32\x17.stagemesh.v1.LoadShardH\x00\x12-\n\nmake_pages\x18\x02 \x01(\x0b\x32\x17.stagemesh.v1.MakePagesH\x00\x12*\n\x04join\x18\x03 \x01(\x0b\x32\x1a.stagemesh.v1.JoinPipelineH\x00\x12/\n\x06\x66orget\x18\x04 \x01(\x0b\x32\x1d.stagemesh.v1.ForgetPipelinesH\x00\x12&\n\x04step\x18\x05 \x01(\x0b\x32\x16.stagemesh.v1.RankStepH\x00\x12/\n\x0bsay_outcome\x18\x06 \x01(\x0b\x32\x18.stagemesh.v1.SayOutcomeH\x00\x12/\n\x0bread_blocks\x18\x07 \x01(\x0b\x32\x18.stagemesh.v1.ReadBlocksH\x00\x12\x31\n\x0cwrite_blocks\x18\x08 \x01(\x0b\x32\x19.stagemesh.v1.WriteBlocksH\x00\x12\x33\n\rplace_experts\x18\t \x01(\x0b\x32\x1a.stagemesh.v1.PlaceExpertsH\x00\x42\t\n\x07\x63ommand\"\x88\x03\n\tLoadShard\x12\x11\n\tmodel_dir\x18\x01 \x01(\t\x12%\n\x04span\x18\x02 \x01(\x0b\x32\x17.stagemesh.v1.LayerSpan\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x17\n\x0f\x62\x61tch_invariant\x18\x05 \x01(\x08\x12\x19\n\x11\x62lock_size_tokens\x18\x06 \x01(\r\x12\x12\n\nwire_dtype\x18\x07 \x01(\t\x12\x10\n\x08kv_dtype\x18\x08 \x01(\t\x12\x14\n\x0cquantization\x18\t \x01(\t\x12\x14\n\x0clone_threads\x18\n \x01(\r\x12\x37\n\x08\x61\x64\x61pters\x18\x0b \x03(\x0b\x32%.stagemesh.v1.LoadShard.AdaptersEntry\x12\x17\n\x0f\x65xpert_parallel\x18\x0c \x01(\x08\x12\x19\n\x11redundant_experts\x18\r \x01(\r\x1a/\n\rAdaptersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"G\n\x0cPlaceExperts\x12\r\n\x05layer\x18\x01 \x01(\r\x12(\n\x05ranks\x18\x02 \x03(\x0b\x32\x19.stagemesh.v1.RankExperts\"\x1e\n\x0bRankExperts\x12\x0f\n\x07\x65xperts\x18\x01 \x03(\r\"\x1f\n\tMakePages\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\"D\n\nBlockRange\x12\x10\n\x08\x63\x61pacity\x18\x01 \x01(\r\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12\x10\n\x08\x66rom_end\x18\x03 \x01(\x08\"\xa4\x01\n\x0cJoinPipeline\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\x12\r\n\x05stage\x18\x02 \x01(\r\x12\x12\n\nnum_stages\x18\x03 \x01(\r\x12$\n\x02kv\x18\x04 \x01(\x0b\x32\x18.stagemesh.v1.BlockRange\x12%\n\x03log\x18\x05 \x01(\x0b\x32\x18.stagemesh.v1.BlockRange\x12\x0f\n\x07keep_kv\x18\x06 \x01(\x08\"\x11\n\x0f\x46orgetPipelines\"C\n\x08RankStep\x12 \n\x04step\x18\x01 \x01(\x0b\x32\x12.stagemesh.v1.Step\x12\x15\n\rpayload_dtype\x18\x02 \x01(\t\"\x0c\n\nSayOutcome\"\x1c\n\nReadBlocks\x12\x0e\n\x06places\x18\x01 \x03(\r\"\x1d\n\x0bWriteBlocks\x12\x0e\n\x06places\x18\x01 \x03(\r\"E\n\tRankReply\x12\"\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x13.stagemesh.v1.Error\x12\x14\n\x0cweight_bytes\x18\x02 \x01(\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12protos/ranks.proto\x12\x0cstagemesh.v1\x1a\x11protos/mesh.proto\x1a\x11protos/plan.proto\"\xa7\x04\n\x0bRankCommand\x12\'\n\x04load\x18\x01 \x01(\x0b\x32\x17.stagemesh.v1.LoadShardH\x00\x12-\n\nmake_pages\x18\x02 \x01(\x0b\x32\x17.stagemesh.v1.MakePagesH\x00\x12*\n\x04join\x18\x03 \x01(\x0b\x32\x1a.stagemesh.v1.JoinPipelineH\x00\x12/\n\x06\x66orget\x18\x04 \x01(\x0b\x32\x1d.stagemesh.v1.ForgetPipelinesH\x00\x12&\n\x04step\x18\x05 \x01(\x0b\x32\x16.stagemesh.v1.RankStepH\x00\x12/\n\x0bsay_outcome\x18\x06 \x01(\x0b\x32\x18.stagemesh.v1.SayOutcomeH\x00\x12/\n\x0bread_blocks\x18\x07 \x01(\x0b\x32\x18.stagemesh.v1.ReadBlocksH\x00\x12\x31\n\x0cwrite_blocks\x18\x08 \x01(\x0b\x32\x19.stagemesh.v1.WriteBlocksH\x00\x12\x33\n\rplace_experts\x18\t \x01(\x0b\x32\x1a.stagemesh.v1.PlaceExpertsH\x00\x12\x33\n\rfetch_experts\x18\n \x01(\x0b\x32\x1a.stagemesh.v1.FetchExpertsH\x00\x12\x31\n\x0c\x64rop_experts\x18\x0b \x01(\x0b\x32\x19.stagemesh.v1.DropExpertsH\x00\x42\t\n\x07\x63ommand\"\x88\x03\n\tLoadShard\x12\x11\n\tmodel_dir\x18\x01 \x01(\t\x12%\n\x04span\x18\x02 \x01(\x0b\x32\x17.stagemesh.v1.LayerSpan\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x17\n\x0f\x62\x61tch_invariant\x18\x05 \x01(\x08\x12\x19\n\x11\x62lock_size_tokens\x18\x06 \x01(\r\x12\x12\n\nwire_dtype\x18\x07 \x01(\t\x12\x10\n\x08kv_dtype\x18\x08 \x01(\t\x12\x14\n\x0cquantization\x18\t \x01(\t\x12\x14\n\x0clone_threads\x18\n \x01(\r\x12\x37\n\x08\x61\x64\x61pters\x18\x0b \x03(\x0b\x32%.stagemesh.v1.LoadShard.AdaptersEntry\x12\x17\n\x0f\x65xpert_parallel\x18\x0c \x01(\x08\x12\x19\n\x11redundant_experts\x18\r \x01(\r\x1a/\n\rAdaptersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"G\n\x0cPlaceExperts\x12\r\n\x05layer\x18\x01 \x01(\r\x12(\n\x05ranks\x18\x02 \x03(\x0b\x32\x19.stagemesh.v1.RankExperts\"\x1e\n\x0bRankExperts\x12\x0f\n\x07\x65xperts\x18\x01 \x03(\r\"M\n\x0c\x46\x65tchExperts\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12-\n\tplacement\x18\x02 \x01(\x0b\x32\x1a.stagemesh.v1.PlaceExperts\"\r\n\x0b\x44ropExperts\"\x1f\n\tMakePages\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\"D\n\nBlockRange\x12\x10\n\x08\x63\x61pacity\x18\x01 \x01(\r\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12\x10\n\x08\x66rom_end\x18\x03 \x01(\x08\"\xa4\x01\n\x0cJoinPipeline\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\x12\r\n\x05stage\x18\x02 \x01(\r\x12\x12\n\nnum_stages\x18\x03 \x01(\r\x12$\n\x02kv\x18\x04 \x01(\x0b\x32\x18.stagemesh.v1.BlockRange\x12%\n\x03log\x18\x05 \x01(\x0b\x32\x18.stagemesh.v1.BlockRange\x12\x0f\n\x07keep_kv\x18\x06 \x01(\x08\"\x11\n\x0f\x46orgetPipelines\"C\n\x08RankStep\x12 \n\x04step\x18\x01 \x01(\x0b\x32\x12.stagemesh.v1.Step\x12\x15\n\rpayload_dtype\x18\x02 \x01(\t\"\x0c\n\nSayOutcome\"\x1c\n\nReadBlocks\x12\x0e\n\x06places\x18\x01 \x03(\r\"\x1d\n\x0bWriteBlocks\x12\x0e\n\x06places\x18\x01 \x03(\r\"o\n\tRankReply\x12\"\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x13.stagemesh.v1.Error\x12\x14\n\x0cweight_bytes\x18\x02 \x01(\x04\x12(\n\x0b\x66\x65tch_error\x18\x03 \x01(\x0b\x32\x13.stagemesh.v1.Errorb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,31 +36,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LOADSHARD_ADAPTERSENTRY']._loaded_options = None
   _globals['_LOADSHARD_ADAPTERSENTRY']._serialized_options = b'8\001'
   _globals['_RANKCOMMAND']._serialized_start=75
-  _globals['_RANKCOMMAND']._serialized_end=522
-  _globals['_LOADSHARD']._serialized_start=525
-  _globals['_LOADSHARD']._serialized_end=917
-  _globals['_LOADSHARD_ADAPTERSENTRY']._serialized_start=870
-  _globals['_LOADSHARD_ADAPTERSENTRY']._serialized_end=917
-  _globals['_PLACEEXPERTS']._serialized_start=919
-  _globals['_PLACEEXPERTS']._serialized_end=990
-  _globals['_RANKEXPERTS']._serialized_start=992
-  _globals['_RANKEXPERTS']._serialized_end=1022
-  _globals['_MAKEPAGES']._serialized_start=1024
-  _globals['_MAKEPAGES']._serialized_end=1055
-  _globals['_BLOCKRANGE']._serialized_start=1057
-  _globals['_BLOCKRANGE']._serialized_end=1125
-  _globals['_JOINPIPELINE']._serialized_start=1128
-  _globals['_JOINPIPELINE']._serialized_end=1292
-  _globals['_FORGETPIPELINES']._serialized_start=1294
-  _globals['_FORGETPIPELINES']._serialized_end=1311
-  _globals['_RANKSTEP']._serialized_start=1313
-  _globals['_RANKSTEP']._serialized_end=1380
-  _globals['_SAYOUTCOME']._serialized_start=1382
-  _globals['_SAYOUTCOME']._serialized_end=1394
-  _globals['_READBLOCKS']._serialized_start=1396
-  _globals['_READBLOCKS']._serialized_end=1424
-  _globals['_WRITEBLOCKS']._serialized_start=1426
-  _globals['_WRITEBLOCKS']._serialized_end=1455
-  _globals['_RANKREPLY']._serialized_start=1457
-  _globals['_RANKREPLY']._serialized_end=1526
+  _globals['_RANKCOMMAND']._serialized_end=626
+  _globals['_LOADSHARD']._serialized_start=629
+  _globals['_LOADSHARD']._serialized_end=1021
+  _globals['_LOADSHARD_ADAPTERSENTRY']._serialized_start=974
+  _globals['_LOADSHARD_ADAPTERSENTRY']._serialized_end=1021
+  _globals['_PLACEEXPERTS']._serialized_start=1023
+  _globals['_PLACEEXPERTS']._serialized_end=1094
+  _globals['_RANKEXPERTS']._serialized_start=1096
+  _globals['_RANKEXPERTS']._serialized_end=1126
+  _globals['_FETCHEXPERTS']._serialized_start=1128
+  _globals['_FETCHEXPERTS']._serialized_end=1205
+  _globals['_DROPEXPERTS']._serialized_start=1207
+  _globals['_DROPEXPERTS']._serialized_end=1220
+  _globals['_MAKEPAGES']._serialized_start=1222
+  _globals['_MAKEPAGES']._serialized_end=1253
+  _globals['_BLOCKRANGE']._serialized_start=1255
+  _globals['_BLOCKRANGE']._serialized_end=1323
+  _globals['_JOINPIPELINE']._serialized_start=1326
+  _globals['_JOINPIPELINE']._serialized_end=1490
+  _globals['_FORGETPIPELINES']._serialized_start=1492
+  _globals['_FORGETPIPELINES']._serialized_end=1509
+  _globals['_RANKSTEP']._serialized_start=1511
+  _globals['_RANKSTEP']._serialized_end=1578
+  _globals['_SAYOUTCOME']._serialized_start=1580
+  _globals['_SAYOUTCOME']._serialized_end=1592
+  _globals['_READBLOCKS']._serialized_start=1594
+  _globals['_READBLOCKS']._serialized_end=1622
+  _globals['_WRITEBLOCKS']._serialized_start=1624
+  _globals['_WRITEBLOCKS']._serialized_end=1653
+  _globals['_RANKREPLY']._serialized_start=1655
+  _globals['_RANKREPLY']._serialized_end=1766
 # @@protoc_insertion_point(module_scope)

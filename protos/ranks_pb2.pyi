@@ -9,7 +9,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RankCommand(_message.Message):
-    __slots__ = ("load", "make_pages", "join", "forget", "step", "say_outcome", "read_blocks", "write_blocks", "place_experts")
+    __slots__ = ("load", "make_pages", "join", "forget", "step", "say_outcome", "read_blocks", "write_blocks", "place_experts", "fetch_experts", "drop_experts")
     LOAD_FIELD_NUMBER: _ClassVar[int]
     MAKE_PAGES_FIELD_NUMBER: _ClassVar[int]
     JOIN_FIELD_NUMBER: _ClassVar[int]
@@ -19,6 +19,8 @@ class RankCommand(_message.Message):
     READ_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     WRITE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     PLACE_EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    FETCH_EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    DROP_EXPERTS_FIELD_NUMBER: _ClassVar[int]
     load: LoadShard
     make_pages: MakePages
     join: JoinPipeline
@@ -28,7 +30,9 @@ class RankCommand(_message.Message):
     read_blocks: ReadBlocks
     write_blocks: WriteBlocks
     place_experts: PlaceExperts
-    def __init__(self, load: _Optional[_Union[LoadShard, _Mapping]] = ..., make_pages: _Optional[_Union[MakePages, _Mapping]] = ..., join: _Optional[_Union[JoinPipeline, _Mapping]] = ..., forget: _Optional[_Union[ForgetPipelines, _Mapping]] = ..., step: _Optional[_Union[RankStep, _Mapping]] = ..., say_outcome: _Optional[_Union[SayOutcome, _Mapping]] = ..., read_blocks: _Optional[_Union[ReadBlocks, _Mapping]] = ..., write_blocks: _Optional[_Union[WriteBlocks, _Mapping]] = ..., place_experts: _Optional[_Union[PlaceExperts, _Mapping]] = ...) -> None: ...
+    fetch_experts: FetchExperts
+    drop_experts: DropExperts
+    def __init__(self, load: _Optional[_Union[LoadShard, _Mapping]] = ..., make_pages: _Optional[_Union[MakePages, _Mapping]] = ..., join: _Optional[_Union[JoinPipeline, _Mapping]] = ..., forget: _Optional[_Union[ForgetPipelines, _Mapping]] = ..., step: _Optional[_Union[RankStep, _Mapping]] = ..., say_outcome: _Optional[_Union[SayOutcome, _Mapping]] = ..., read_blocks: _Optional[_Union[ReadBlocks, _Mapping]] = ..., write_blocks: _Optional[_Union[WriteBlocks, _Mapping]] = ..., place_experts: _Optional[_Union[PlaceExperts, _Mapping]] = ..., fetch_experts: _Optional[_Union[FetchExperts, _Mapping]] = ..., drop_experts: _Optional[_Union[DropExperts, _Mapping]] = ...) -> None: ...
 
 class LoadShard(_message.Message):
     __slots__ = ("model_dir", "span", "device", "dtype", "batch_invariant", "block_size_tokens", "wire_dtype", "kv_dtype", "quantization", "lone_threads", "adapters", "expert_parallel", "redundant_experts")
@@ -80,6 +84,18 @@ class RankExperts(_message.Message):
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
     experts: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, experts: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class FetchExperts(_message.Message):
+    __slots__ = ("number", "placement")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    placement: PlaceExperts
+    def __init__(self, number: _Optional[int] = ..., placement: _Optional[_Union[PlaceExperts, _Mapping]] = ...) -> None: ...
+
+class DropExperts(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class MakePages(_message.Message):
     __slots__ = ("num_blocks",)
@@ -142,9 +158,11 @@ class WriteBlocks(_message.Message):
     def __init__(self, places: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RankReply(_message.Message):
-    __slots__ = ("error", "weight_bytes")
+    __slots__ = ("error", "weight_bytes", "fetch_error")
     ERROR_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FETCH_ERROR_FIELD_NUMBER: _ClassVar[int]
     error: _plan_pb2.Error
     weight_bytes: int
-    def __init__(self, error: _Optional[_Union[_plan_pb2.Error, _Mapping]] = ..., weight_bytes: _Optional[int] = ...) -> None: ...
+    fetch_error: _plan_pb2.Error
+    def __init__(self, error: _Optional[_Union[_plan_pb2.Error, _Mapping]] = ..., weight_bytes: _Optional[int] = ..., fetch_error: _Optional[_Union[_plan_pb2.Error, _Mapping]] = ...) -> None: ...

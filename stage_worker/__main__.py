@@ -16,13 +16,16 @@ from stage_worker.options import WorkerOptions
 from stagemesh.cores import num_cores
 from stagemesh.process import OnReady, run_service
 
+# Names of threads that torch runs on: of stage_worker.device_thread and stage_worker.expert_fetch.
+_COMPUTING = ("device", "experts")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
     leaving = Leaving()
     serve = functools.partial(_serve, leaving)
     code = run_service("worker", WorkerOptions, serve, argv, on_terminate=leaving.ask)
-    if any(thread.name == "device" for thread in threading.enumerate()):
+    if any(thread.name in _COMPUTING for thread in threading.enumerate()):
         # Arithmetic cannot be interrupted, and a thread inside of it cannot see Python end.
         sys.stdout.flush()
         sys.stderr.flush()

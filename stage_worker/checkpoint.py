@@ -25,6 +25,8 @@ TORCH_DTYPES = {
     "float16": torch.float16,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+# A file begins with the length of its header, which may be no longer than that.
+_LENGTH_BYTES, _MAX_HEADER_BYTES = 8, 100_000_000
 # As safetensors headers spell them.
 STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # What else holds weights that are quantised.
@@ -109,6 +111,15 @@ def open_safetensors(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     try:
+        _await_header(path)
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or cut off: {error}") from error
+
+
+def _await_header(path: Path) -> None:
+    """Reads what opening the file reads. For as long as a disk takes, `safe_open` lets no other
+    thread have the interpreter; here they go on."""
+    with path.open("rb", buffering=0) as file:
+        num_bytes = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        file.read(min(num_bytes, path.stat().st_size, _MAX_HEADER_BYTES))

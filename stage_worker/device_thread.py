@@ -1,7 +1,7 @@
 """The one thread that touches torch: takes work in order, tells the event loop what came of it.
 
 Does no I/O and knows nothing of steps and models. Everything about order in a worker rests on this
-queue: what was submitted later runs later.
+queue: what was submitted later runs later. Beside it experts are read ahead (`expert_fetch.py`).
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 Placement = tuple[tuple[int, ...], ...]
 """Of each rank: its experts, in order."""
 
+_MAX_PASSED = 64  # looks
+
 
 @dataclass(frozen=True, slots=True)
 class Turn:
@@ -114,7 +116,8 @@ class PlacementBalance:
     busiest rank work.
 
     One layer at a time, since reading experts takes a while; and what was seen counts half as much
-    at each look, so that a few steps of another kind move nothing.
+    at each look, so that a few steps of another kind move nothing. It is told what becomes of what
+    it chose: `placed`, or `failed`.
     """
 
     def __init__(
@@ -129,10 +132,13 @@ class PlacementBalance:
         self._first = first_placement(num_experts, num_ranks, num_redundant)
         self._num_ranks, self._num_redundant = num_ranks, num_redundant
         self._steps_between, self._min_gain = steps_between, min_gain
-        self._num_steps = 0
+        self._num_steps = self._num_looks = 0
         self._placements: dict[int, Placement] = {}
         self._seen: dict[int, Sequence[int]] = {}
         self._recent: dict[int, list[float]] = {}
+        # By layer: how often it failed in a row, and the looks that pass it over for that.
+        self._num_failures: dict[int, int] = {}
+        self._passed_until: dict[int, int] = {}
 
     def count_step(self) -> bool:
         """Whether it is time to look."""
@@ -141,10 +147,13 @@ class PlacementBalance:
 
     def change(self, routing: Mapping[int, Sequence[int]]) -> tuple[int, Placement] | None:
         """`routing`: tokens given to each expert so far, by layer. The layer where most is gained,
-        and its new placement; None where nothing is worth it."""
+        and a placement for it; None where nothing is worth it."""
+        self._num_looks += 1
         best: tuple[float, int, Placement] | None = None
         for layer, total in routing.items():
             tokens = self._take(layer, total)
+            if self._num_looks <= self._passed_until.get(layer, 0):
+                continue
             placement = place(tokens, self._num_ranks, self._num_redundant)
             now = peak(self._placements.get(layer, self._first), tokens)
             gain = 1 - peak(placement, tokens) / now if now else 0.0
@@ -153,8 +162,18 @@ class PlacementBalance:
         if best is None:
             return None
         _, layer, placement = best
-        self._placements[layer] = placement
         return layer, placement
+
+    def placed(self, layer: int, placement: Placement) -> None:
+        """The layer's experts are so from now on."""
+        self._placements[layer] = placement
+        self._num_failures.pop(layer, None)
+
+    def failed(self, layer: int) -> None:
+        """The layer stays as it was; looks pass it over for a while, and longer each time."""
+        failures = self._num_failures.get(layer, 0) + 1
+        self._num_failures[layer] = failures
+        self._passed_until[layer] = self._num_looks + min(2**failures, _MAX_PASSED)
 
     def _take(self, layer: int, total: Sequence[int]) -> list[float]:
         """What each expert was given, the latest counting most."""

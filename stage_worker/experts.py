@@ -97,6 +97,10 @@ class SparseMlp:
         self.tokens_routed = torch.zeros(num_experts, dtype=torch.int64)
         self.hold(placement, rank, load)
 
+    def lacking(self, placement: Placement, rank: int) -> list[int]:
+        """The rank's experts of `placement` that it does not have."""
+        return [expert for expert in placement[rank] if expert not in self._experts]
+
     def hold(self, placement: Placement, rank: int, load: Callable[[int], DenseMlp]) -> None:
         """From now on this rank has its experts of `placement`; `load` makes those that it lacks.
         Where that fails all is as it was."""

@@ -9,6 +9,7 @@ sum beyond them is cut off. Whoever packs weights keeps within MAX_CODE_PRODUCT.
 from __future__ import annotations
 
 import functools
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,12 +67,17 @@ def multiply_float16(x: Tensor, packed: Any) -> Tensor:
     return product
 
 
+# Experts may be packed beside the layers of another stage.
+_packing = threading.Lock()
+
+
 @contextmanager
 def _engine() -> Iterator[None]:
-    """Packing asks a setting of the process which library it is for."""
-    before = torch.backends.quantized.engine
-    torch.backends.quantized.engine = ENGINE
-    try:
-        yield
-    finally:
-        torch.backends.quantized.engine = before
+    """Packing asks a setting of the process which library it is for; one thread at a time."""
+    with _packing:
+        before = torch.backends.quantized.engine
+        torch.backends.quantized.engine = ENGINE
+        try:
+            yield
+        finally:
+            torch.backends.quantized.engine = before

@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import gc
 import socket
+from functools import partial
 
 from protos import ranks_pb2
 from stage_worker import rank_link
 from stage_worker.collectives import Group
 from stage_worker.executor import StageExecutor
+from stage_worker.fetch_reports import FetchReports
 from stage_worker.load_watch import LoadProgress
 from stage_worker.loading import LoadedWeights, load_weights, make_stage
-from stage_worker.rank_messages import joining_from_proto, load_from_proto, placement_from_proto
+from stage_worker.rank_messages import (
+    fetch_from_proto,
+    joining_from_proto,
+    load_from_proto,
+    placement_from_proto,
+)
 from stage_worker.ranked_pages import blocks_from_bytes, bytes_of_blocks
 from stagemesh import wire, wire_steps
 from stagemesh.errors import PeerLost, ProtocolError, StageMeshError
@@ -25,10 +32,13 @@ from stagemesh.errors import PeerLost, ProtocolError, StageMeshError
 class Follower:
     """Obeys the commands that come by `link`."""
 
-    def __init__(self, link: socket.socket, group: Group, progress: LoadProgress) -> None:
+    def __init__(
+        self, link: socket.socket, group: Group, progress: LoadProgress, reports: FetchReports
+    ) -> None:
         self._link = link
         self._group = group
         self._progress = progress
+        self._reports = reports
         self._weights: LoadedWeights | None = None
         self._stage: StageExecutor | None = None
         self._outcome: StageMeshError | None = None  # of the last step
@@ -82,11 +92,24 @@ class Follower:
             return bytes_of_blocks(self._held().cache, command.read_blocks.places)
         elif kind == "write_blocks":
             blocks_from_bytes(self._held().cache, command.write_blocks.places, payload)
+        else:
+            self._move_experts(command, reply)
+        return bytearray()
+
+    def _move_experts(self, command: ranks_pb2.RankCommand, reply: ranks_pb2.RankReply) -> None:
+        """Raises StageMeshError."""
+        kind, experts = command.WhichOneof("command"), self._held().experts
+        if kind == "fetch_experts":
+            number, layer, placement = fetch_from_proto(command.fetch_experts)
+            experts.fetch(layer, placement, partial(self._reports.tell, self._group.rank, number))
         elif kind == "place_experts":
-            self._held().experts.place(*placement_from_proto(command.place_experts))
+            experts.place(*placement_from_proto(command.place_experts))
+        elif kind == "drop_experts":
+            error = experts.drop()
+            if error is not None:
+                reply.fetch_error.CopyFrom(wire.error_to_proto(error))
         else:
             raise AssertionError(f"unknown command {kind}")
-        return bytearray()
 
     def _load(self, told: ranks_pb2.LoadShard) -> LoadedWeights:
         """In place of what was held."""

@@ -9,12 +9,10 @@ from __future__ import annotations
 import mmap
 
 from stage_worker.awake_time import looks
-from stage_worker.rank_options import FLAG_BYTES, FLAGS_BYTES
+from stage_worker.rank_options import rank_words
 from stagemesh.errors import LoadStalled
 
-_WORD_BYTES = 8
-# Of a rank's line in the shared page: the first word is its flag, in steps.
-_WORD = 1
+_WORD = 1  # of a rank's line
 
 
 class LoadProgress:
@@ -22,25 +20,23 @@ class LoadProgress:
     before any of them begins."""
 
     def __init__(self, size: int = 1, memory: mmap.mmap | None = None) -> None:
-        shared = bytearray(FLAGS_BYTES) if memory is None else memory
-        self._words = memoryview(shared)[:FLAGS_BYTES].cast("q")
-        self._places = [rank * FLAG_BYTES // _WORD_BYTES + _WORD for rank in range(size)]
+        self._words = rank_words(memory, size, _WORD)
 
     @property
     def counts(self) -> list[int]:
         """By rank."""
-        return [self._words[place] for place in self._places]
+        return self._words.tolist()
 
     def begin(self, rank: int) -> None:
         """By whoever tells the rank to load, before it is told."""
-        self._words[self._places[rank]] = 1
+        self._words[rank] = 1
 
     def advance(self, rank: int) -> None:
         """By the rank itself, and so is `end`."""
-        self._words[self._places[rank]] += 1
+        self._words[rank] += 1
 
     def end(self, rank: int) -> None:
-        self._words[self._places[rank]] = 0
+        self._words[rank] = 0
 
 
 async def watch_load(progress: LoadProgress, limit_s: float) -> LoadStalled:

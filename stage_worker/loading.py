@@ -18,6 +18,8 @@ from stage_worker.cuda_support import check_supported
 from stage_worker.decoding import Decoding, make_decoding
 from stage_worker.devices import as_out_of_memory, check_fits, find_device
 from stage_worker.executor_config import ExecutorConfig, ExecutorFacts
+from stage_worker.expert_files import ExpertFiles
+from stage_worker.identity import file_stamps
 from stage_worker.kernels import Kernels, choose_kernels
 from stage_worker.kv_cache import (
     KvCache,
@@ -55,13 +57,8 @@ class LoadedWeights:
     dtype: torch.dtype
     kv_dtype: str
     device: torch.device
+    experts: ExpertFiles
     started_ns: int
-
-    def expert_loader(self) -> WeightLoader:
-        """Reads whole experts, once the rest is loaded."""
-        config = self.config
-        numerics = Numerics(self.dtype, self.device, config.quantization, config.batch_invariant)
-        return WeightLoader(config.model_dir, self.shards.spec, numerics)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +116,7 @@ def load_weights(
     numerics = Numerics(dtype, device, config.quantization, config.batch_invariant)
     kernels = choose_kernels(spec, config.batch_invariant, dtype, device)
     kv_dtype = resolve_kv_dtype(config.kv_dtype, dtype_name, config.device)
+    experts = ExpertFiles(config.model_dir, spec, numerics, file_stamps(config.model_dir))
     progress = _Progress(on_progress)
     loader = WeightLoader(config.model_dir, spec, numerics, progress.advance, shards)
     adapter_loader = AdapterLoader(config.adapters, spec, dtype, device, shards)
@@ -145,6 +143,7 @@ def load_weights(
         dtype,
         kv_dtype,
         device,
+        experts,
         started_ns,
     )
 
@@ -176,7 +175,7 @@ def make_stage(loaded: LoadedWeights, num_blocks: int | None = None) -> LoadedSt
     )
     wire_dtype = resolve_wire_dtype(config.wire_dtype, dtype)
     threads = ThreadCounts(config.lone_threads)
-    experts = StageExperts(weights, config.span, shards.expert_rank, loaded.expert_loader)
+    experts = StageExperts(weights, config.span, shards.expert_rank, loaded.experts)
     return LoadedStage(
         spec,
         config.span,

@@ -30,8 +30,8 @@ def run(options: RankOptions) -> int:
     from stage_worker.follower import Follower  # torch with it, which takes a while
 
     link, progress = socket.socket(fileno=options.link_fd), options.open_load_progress()
-    Follower(link, options.open_group(), progress).run()
-    return 0
+    Follower(link, options.open_group(), progress, options.open_fetch_reports()).run()
+    os._exit(0)  # a thread that reads experts cannot see Python end
 
 
 def _end_when_over(life: socket.socket) -> None:

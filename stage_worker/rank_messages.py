@@ -92,5 +92,13 @@ def placement_to_proto(layer: int, placement: Placement) -> ranks_pb2.PlaceExper
     return ranks_pb2.PlaceExperts(layer=layer, ranks=ranks)
 
 
+def fetch_to_proto(number: int, layer: int, placement: Placement) -> ranks_pb2.FetchExperts:
+    return ranks_pb2.FetchExperts(number=number, placement=placement_to_proto(layer, placement))
+
+
+def fetch_from_proto(fetch: ranks_pb2.FetchExperts) -> tuple[int, int, Placement]:
+    return fetch.number, *placement_from_proto(fetch.placement)
+
+
 def placement_from_proto(placed: ranks_pb2.PlaceExperts) -> tuple[int, Placement]:
     return placed.layer, tuple(tuple(rank.experts) for rank in placed.ranks)

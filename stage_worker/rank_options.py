@@ -15,19 +15,28 @@ from stagemesh.errors import ConfigError
 
 if TYPE_CHECKING:
     from stage_worker.collectives import Group
+    from stage_worker.fetch_reports import FetchReports
     from stage_worker.load_watch import LoadProgress
 
 TRANSPORTS = ("auto", "memory", "gloo")
 SLOT_BYTES = 2**20
 """Of shared memory, for each rank, twice: larger tensors go in pieces."""
-FLAG_BYTES = 64  # a cache line for each; see also stage_worker.load_watch
+FLAG_BYTES = 64  # a cache line for each, whose first word is its flag; see also `rank_words`
 FLAGS_BYTES = mmap.PAGESIZE
+_WORD_BYTES = 8
 
 
 def memory_bytes(size: int) -> int:
     """What `size` ranks share; pages that no message is large enough for are never touched."""
     assert size * FLAG_BYTES <= FLAGS_BYTES
     return FLAGS_BYTES + 2 * size * SLOT_BYTES
+
+
+def rank_words(memory: mmap.mmap | None, size: int, index: int) -> memoryview[int]:
+    """A word for each rank, of 64 bits: that of its line in the page which ranks share. None: of
+    memory that nobody shares."""
+    lines = memoryview(bytearray(FLAGS_BYTES) if memory is None else memory)[:FLAGS_BYTES]
+    return lines.cast("q")[index :: FLAG_BYTES // _WORD_BYTES][:size]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +83,12 @@ class RankOptions:
         from stage_worker.load_watch import LoadProgress
 
         return LoadProgress(self.size, mmap.mmap(self.memory_fd, FLAGS_BYTES))
+
+    def open_fetch_reports(self) -> FetchReports:
+        """As `open_load_progress`."""
+        from stage_worker.fetch_reports import FetchReports
+
+        return FetchReports(self.size, mmap.mmap(self.memory_fd, FLAGS_BYTES))
 
 
 def shares_memory(transport: str) -> bool:

@@ -50,6 +50,7 @@ class RankProcesses:
             meeting_place=str(Path(self._scratch.name, "gloo")) if self._scratch else "",
         )
         self.load_progress = self.own.open_load_progress()
+        self.fetch_reports = self.own.open_fetch_reports()
         for rank in range(1, size):
             self._start(rank, module)
 

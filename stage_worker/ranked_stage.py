@@ -13,33 +13,29 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import structlog
 import torch
 from torch import Tensor
 
 from protos import ranks_pb2
-from stage_worker import rank_link
 from stage_worker.collectives import Group
 from stage_worker.executor import StageExecutor, StageOutput
 from stage_worker.executor_config import ExecutorConfig, ExecutorFacts
-from stage_worker.expert_placement import Placement, PlacementBalance
+from stage_worker.expert_placement import PlacementBalance
+from stage_worker.expert_rebalancing import ExpertRebalancing
 from stage_worker.loading import load_weights, make_stage
+from stage_worker.other_ranks import OtherRanks
 from stage_worker.pages import PageStore
 from stage_worker.rank_link import Payload
-from stage_worker.rank_messages import joining_to_proto, load_to_proto, placement_to_proto
+from stage_worker.rank_messages import joining_to_proto, load_to_proto
 from stage_worker.rank_processes import RankProcesses
 from stage_worker.ranked_pages import HeadLayout
 from stage_worker.sharding import Shards
 from stage_worker.tenancy import Joining
 from stage_worker.warm_up import warm_up
-from stagemesh import wire, wire_steps
-from stagemesh.errors import InternalError, StageMeshError
+from stagemesh import wire_steps
+from stagemesh.errors import StageMeshError
 from stagemesh.model_spec import ModelSpec
 from stagemesh.plan import Step
-
-_OUTCOME_TIMEOUT_S = 5.0
-
-log = structlog.get_logger()
 
 
 class RankedStage:
@@ -52,7 +48,7 @@ class RankedStage:
         self._others = others
         # Every rank sees all tokens and chooses the same experts: what this one counts is true.
         self.experts = own.experts
-        self._balance: PlacementBalance | None = None
+        self._rebalancing: ExpertRebalancing | None = None
         self.spec: ModelSpec = own.spec
         self.wire_dtype = own.wire_dtype
         self.pages = PageStore(RankedBlocks(own, others, group.size), own.log)
@@ -91,8 +87,10 @@ class RankedStage:
         warm_up(stage, config.span)
         own.experts.forget_routing()
         if config.redundant_experts and own.spec.moe is not None:
-            stage._balance = PlacementBalance(
-                own.spec.moe.num_experts, group.size, config.redundant_experts
+            num_experts = own.spec.moe.num_experts
+            balance = PlacementBalance(num_experts, group.size, config.redundant_experts)
+            stage._rebalancing = ExpertRebalancing(
+                balance, own.experts, others, ranks.fetch_reports
             )
         return stage
 
@@ -111,10 +109,8 @@ class RankedStage:
 
     def execute(self, step: Step, payload: Payload, payload_dtype: str) -> StageOutput:
         """As StageExecutor.execute."""
-        if self._balance is not None and self._balance.count_step():
-            change = self._balance.change(self.experts.routing())
-            if change is not None:
-                self._place(*change)
+        if self._rebalancing is not None:
+            self._rebalancing.before_step()
         command = ranks_pb2.RankCommand()
         wire_steps.write_step(command.step.step, step)
         command.step.payload_dtype = payload_dtype
@@ -124,66 +120,6 @@ class RankedStage:
         except Exception as error:
             self._others.check_failed_too(error)
             raise
-
-    def _place(self, layer: int, placement: Placement) -> None:
-        """Between two steps. Ranks that differ in what they have would compute nonsense: where one
-        cannot, all are ended."""
-        place_experts = placement_to_proto(layer, placement)
-        self._others.tell(ranks_pb2.RankCommand(place_experts=place_experts))
-        try:
-            self.experts.place(layer, placement)
-            self._others.answers()
-        except Exception as error:
-            self._others.end_all()
-            raise InternalError(f"experts could not be placed anew: {error!r}") from error
-        log.info("experts are placed anew", layer=layer)
-
-
-class OtherRanks:
-    """Ranks 1 and up, from the device thread."""
-
-    def __init__(self, ranks: RankProcesses) -> None:
-        self._ranks = ranks
-
-    def tell(self, command: ranks_pb2.RankCommand, payload: Payload = b"") -> None:
-        """Raises PeerLost."""
-        for link in self._ranks.links:
-            rank_link.send(link, command, payload)
-
-    def tell_each(self, command: ranks_pb2.RankCommand, payloads: Sequence[Payload]) -> None:
-        for link, payload in zip(self._ranks.links, payloads, strict=True):
-            rank_link.send(link, command, payload)
-
-    def answers(self) -> list[tuple[ranks_pb2.RankReply, bytearray]]:
-        """Of every rank to the last command. Raises the first error of them, or PeerLost."""
-        found = [rank_link.receive(link, ranks_pb2.RankReply) for link in self._ranks.links]
-        for reply, _ in found:
-            if reply.HasField("error"):
-                raise wire.error_from_proto(reply.error)
-        return found
-
-    def ask(self, command: ranks_pb2.RankCommand) -> list[tuple[ranks_pb2.RankReply, bytearray]]:
-        self.tell(command)
-        return self.answers()
-
-    def end_all(self) -> None:
-        """And so the worker: it watches them."""
-        self._ranks.kill_processes()
-
-    def check_failed_too(self, error: Exception) -> None:
-        """Ends all ranks, and so the worker, unless each has found fault with the step."""
-        for link in self._ranks.links:
-            link.settimeout(_OUTCOME_TIMEOUT_S)
-        try:
-            self.ask(ranks_pb2.RankCommand(say_outcome=ranks_pb2.SayOutcome()))
-        except StageMeshError as theirs:
-            if type(theirs) is type(error):
-                return
-        finally:
-            for link in self._ranks.links:
-                link.settimeout(None)
-        self.end_all()
-        raise InternalError(f"one rank failed and others did not: {error!r}") from error
 
 
 class RankedBlocks:

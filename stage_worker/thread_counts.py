@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from stagemesh.plan import Step
@@ -23,3 +26,15 @@ class ThreadCounts:
         wanted = self._alone if step.alone else _USUAL
         if torch.get_num_threads() != wanted:
             torch.set_num_threads(wanted)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For work beside the steps, on another thread than theirs: what they have stays as it is. A
+    thread that only begins to compute meanwhile would begin with one, too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -72,7 +72,7 @@ def measure(
         dtype="float32",
         batch_invariant=False,
         block_size_tokens=BLOCK_SIZE_TOKENS,
-        num_blocks=max(batches) * _blocks_of(context),
+        num_blocks=max(batches) * blocks_of(context),
         quantization=parse_quantization(quantization),
     )
     processes = RankProcesses(ranks, transport)
@@ -95,9 +95,9 @@ def _decode(
     stage.join(Joining(pipeline_id=PIPELINE, stage=0, num_stages=1, blocks=blocks))
     number = 0
     for row in range(batch):
-        stage.execute(Step(PIPELINE, Epoch(1, 1), number, (_prompt(row, context),)), b"", "")
+        stage.execute(Step(PIPELINE, Epoch(1, 1), number, (prompt_row(row, context),)), b"", "")
         number += 1
-    rows = tuple(_token(row, context) for row in range(batch))
+    rows = tuple(token_row(row, context) for row in range(batch))
     times_s: list[float] = []
     for _ in range(_NUM_WARM_UP + _NUM_STEPS):
         if len(times_s) == _NUM_WARM_UP:
@@ -109,27 +109,27 @@ def _decode(
     return times_s[_NUM_WARM_UP:], group.seconds
 
 
-def _blocks_of(context: int) -> int:
+def blocks_of(context: int) -> int:
     return -(-context // BLOCK_SIZE_TOKENS)
 
 
-def _prompt(row: int, context: int) -> Row:
+def prompt_row(row: int, context: int) -> Row:
     prompt = tuple((row + i) % 1000 for i in range(context))
-    first = row * _blocks_of(context)
+    first = row * blocks_of(context)
     return Row(
         sequence_id=row,
         run=0,
         start=0,
         num_tokens=context - 1,
         token_ids=prompt[:-1],
-        block_updates=(BlockUpdate(0, tuple(range(first, first + _blocks_of(context)))),),
+        block_updates=(BlockUpdate(0, tuple(range(first, first + blocks_of(context)))),),
         first_stage=0,
         end_stage=1,
         state=SequenceState(prompt, (), GREEDY, context + 1),
     )
 
 
-def _token(row: int, context: int) -> Row:
+def token_row(row: int, context: int) -> Row:
     return Row(
         sequence_id=row,
         run=0,

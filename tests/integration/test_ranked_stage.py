@@ -75,7 +75,7 @@ def test_a_step_that_fails_on_one_rank_only_ends_all(
         raise RuntimeError("not here")
 
     monkeypatch.setattr(stage._own, "execute", fail)
-    monkeypatch.setattr("stage_worker.ranked_stage._OUTCOME_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("stage_worker.other_ranks._OUTCOME_TIMEOUT_S", 0.5)
     with pytest.raises(InternalError, match="one rank failed and others did not"):
         stage.execute(step(0, *PROMPT), b"", "")
     wait_until(lambda: not alive(ranks), 10.0, "the other rank to end")

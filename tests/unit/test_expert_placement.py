@@ -61,4 +61,29 @@ def test_experts_are_moved_where_it_pays_and_left_where_it_does_not() -> None:
     layer, placement = change
     assert layer == 1
     assert peak(placement, [100, 100, 1, 1]) == 101
-    assert balance.change({0: [15, 15, 15, 15], 1: [205, 205, 6, 8]}) is None
+    assert balance.change({0: [15, 15, 15, 15], 1: [205, 205, 6, 8]}) == change, "not yet placed"
+    balance.placed(layer, placement)
+    assert balance.change({0: [20, 20, 20, 20], 1: [305, 305, 7, 9]}) is None
+
+
+def test_a_layer_that_could_not_be_placed_is_passed_over_for_longer_each_time() -> None:
+    """And others come in between."""
+    balance = PlacementBalance(4, 2, 0)
+    chosen = []
+
+    def look_and_fail() -> None:
+        total = 100 * (len(chosen) + 1)
+        change = balance.change({0: [total, total, 0, 0], 1: [total, total, total // 9, 0]})
+        chosen.append(change[0] if change is not None else None)
+        if change is not None:
+            balance.failed(change[0])
+
+    for _ in range(20):
+        look_and_fail()
+    assert chosen[:4] == [0, 1, None, 0]
+    assert [look for look, layer in enumerate(chosen, 1) if layer == 0] == [1, 4, 9, 18]
+    balance.placed(0, ((0, 1), (2, 3)))  # what failed before counts no more
+    balance.failed(0)
+    for _ in range(3):
+        look_and_fail()
+    assert [layer == 0 for layer in chosen[20:]] == [False, False, True]

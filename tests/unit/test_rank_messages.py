@@ -12,6 +12,8 @@ from stage_worker.block_ranges import BlockRange, PipelineBlocks
 from stage_worker.executor_config import ExecutorConfig
 from stage_worker.rank_messages import (
     NOT_TOLD,
+    fetch_from_proto,
+    fetch_to_proto,
     joining_from_proto,
     joining_to_proto,
     load_from_proto,
@@ -71,7 +73,8 @@ def test_what_is_to_be_loaded_arrives_but_for_what_is_not_told() -> None:
 
 def test_every_field_of_a_message_is_told() -> None:
     """One that nobody fills any more would be read as zero."""
-    for message in (load_to_proto(CONFIG), joining_to_proto(JOINING)):
+    fetch = fetch_to_proto(1, 2, ((3,),))
+    for message in (load_to_proto(CONFIG), joining_to_proto(JOINING), fetch, fetch.placement):
         filled = {field.name for field, _ in message.ListFields()}
         assert filled == {field.name for field in message.DESCRIPTOR.fields}
 
@@ -85,3 +88,4 @@ def test_a_place_in_a_pipeline_arrives() -> None:
 def test_a_placement_of_experts_arrives() -> None:
     placement = ((0, 2, 3), (), (1, 2))
     assert placement_from_proto(placement_to_proto(6, placement)) == (6, placement)
+    assert fetch_from_proto(fetch_to_proto(2**40, 6, placement)) == (2**40, 6, placement)
