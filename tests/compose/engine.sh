@@ -39,6 +39,7 @@ start() {
         if answers; then
             echo "$pid" >"$STATE/dockerd.pid"
             echo "started a Docker engine (pid $pid, log $STATE/dockerd.log)"
+            remove_leftovers
             return
         fi
         kill -0 "$pid" 2>/dev/null || break
@@ -47,6 +48,14 @@ start() {
     tail -n 20 "$STATE/dockerd.log" >&2
     echo "the Docker engine did not start" >&2
     exit 1
+}
+
+# Of tests that were killed: an engine starts their containers again, for ever.
+remove_leftovers() {
+    local mine=(--filter label=com.docker.compose.project --filter name=stagemesh-test-)
+    docker ps -aq "${mine[@]}" | xargs -r docker rm -f -v >/dev/null
+    docker network ls -q "${mine[@]}" | xargs -r docker network rm >/dev/null
+    docker volume ls -q "${mine[@]}" | xargs -r docker volume rm >/dev/null
 }
 
 stop() {
