@@ -68,6 +68,8 @@ class ControlStream:
         self._was_up = False
         self._done = False
         self._is_leaving = False
+        self._is_over = asyncio.Event()  # while there is no stream
+        self._is_over.set()
         self._draining = mesh_pb2.WorkerMessage()
         self._drained_by_s = 0.0
         self._last_reason = ""
@@ -120,12 +122,15 @@ class ControlStream:
     async def leave(self, reason: str) -> None:
         """Says goodbye, before `run` is cancelled.
 
-        The scheduler ends the stream then; whoever dialled again would come back as a member, and a
-        cancellation that meets the end of the stream is lost in a task group.
+        The scheduler ends the stream then, which is waited for, not for long: a word that is on its
+        way is lost where the stream is cancelled. Whoever dialled again would come back as a
+        member, and a cancellation that meets the end of the stream is lost in a task group.
         """
         self._is_leaving = True
         self.send(mesh_pb2.WorkerMessage(goodbye=mesh_pb2.WorkerGoodbye(reason=reason)))
-        await self.flush()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FLUSH_TIMEOUT_S):
+                await self._is_over.wait()
 
     async def flush(self) -> None:
         """Waits, not for long, until what was queued is written."""
@@ -162,6 +167,7 @@ class ControlStream:
     async def _serve(self, call: _Call, welcome: mesh_pb2.WelcomeWorker) -> None:
         outbox = self._outbox = asyncio.Queue(MAX_QUEUED_MESSAGES)
         self._call = call
+        self._is_over.clear()
         try:
             self._worker.attached(welcome)
             self._ask_again()
@@ -175,6 +181,7 @@ class ControlStream:
             raise root_cause(failures) from None
         finally:
             self._outbox = self._call = None
+            self._is_over.set()
             self._worker.detached()
 
     async def _obey(self, call: _Call) -> None:

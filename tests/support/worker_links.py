@@ -158,6 +158,8 @@ class LinkScheduler(mesh_pb2_grpc.SchedulerServicer):
     async def _take(self, link: WorkerLink, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         while isinstance(message := await context.read(), mesh_pb2.WorkerMessage):
             link.take(message)
+            if message.WhichOneof("message") == "goodbye":
+                return
 
     def _first_word(self) -> mesh_pb2.WorkerCommand:
         if self.refusal is not None:
