@@ -31,7 +31,7 @@ def run(options: RankOptions) -> int:
 
     link, progress = socket.socket(fileno=options.link_fd), options.open_load_progress()
     Follower(link, options.open_group(), progress, options.open_fetch_reports()).run()
-    os._exit(0)  # a thread that reads experts cannot see Python end
+    return 0
 
 
 def _end_when_over(life: socket.socket) -> None:
@@ -42,4 +42,5 @@ def _end_when_over(life: socket.socket) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(RankOptions.from_argument(sys.argv[1])))
+    # Not by way of Python's end, which a thread that reads experts cannot see.
+    os._exit(run(RankOptions.from_argument(sys.argv[1])))

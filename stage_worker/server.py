@@ -72,7 +72,9 @@ async def serve(
     spec = ModelSpec.from_directory(options.model)
     _check_span(options, spec)
     dtype = options.resolved_dtype(spec.dtype)
-    options.resolved_kv_dtype(dtype)  # refused before anything is begun
+    # Refused before anything is begun.
+    options.resolved_kv_dtype(dtype)
+    split_address(options.listen)
     check_divides(spec, options.tensor_parallel, options.expert_parallel)
     ranks = start_ranks(options.tensor_parallel, options.rank_transport)
     server = RpcServer(options.listen)

@@ -12,13 +12,16 @@ import json
 import os
 import select
 import selectors
+import signal
 import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from stagemesh.supervision import FD_VARIABLE
 
 MAX_REQUEST_BYTES = 1 << 18
+MAX_REPLY_BYTES = 4096
 # A client that has connected sends at once; whoever does not may not hold up the others.
 _REQUEST_TIMEOUT_S = 5.0
 # Read by a service when it starts. All others may have been read by a library as it was imported.
@@ -41,6 +44,31 @@ class ForkRequest:
 
     def encoded(self) -> bytes:
         return json.dumps(asdict(self)).encode()
+
+
+def ask(path: str, request: ForkRequest, link: int, output: int) -> socket.socket:
+    """Asks the template at `path` for a process. Replies come by the connection that is returned:
+    one with its "pid", if the template will, and another one at its end. Raises OSError."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        connection.connect(path)
+        socket.send_fds(connection, [request.encoded()], [link, output])
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def parse_reply(message: bytes) -> Mapping[str, Any]:
+    """Nothing where the template has ended."""
+    found: Mapping[str, Any] = json.loads(message) if message else {}
+    return found
+
+
+def exit_code(last_reply: Mapping[str, Any]) -> int:
+    """As of a subprocess. Where nothing came the template was killed, and the kernel then kills its
+    children."""
+    return int(last_reply.get("exit_code", -signal.SIGKILL))
 
 
 def listen(path: str) -> socket.socket:

@@ -66,8 +66,8 @@ class Supervisor:
         os._exit(1)
 
 
-def end_with_parent() -> None:
-    """The kernel's promise, kept even where this process is stopped or holds the GIL: SIGKILL as
-    soon as the thread that started it has ended. On Linux only."""
+def end_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
+    """The kernel's promise: this signal as soon as the thread that started this process has ended.
+    SIGKILL is heeded even where it is stopped or holds the GIL. On Linux only."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)

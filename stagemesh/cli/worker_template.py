@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
-import signal
 import socket
 import sys
 import tempfile
@@ -20,11 +18,10 @@ from typing import Any
 
 from stagemesh.cli.child import Child, OnLine, Process, execute
 from stagemesh.errors import StageMeshError
-from stagemesh.fork_server import ForkRequest
+from stagemesh.fork_server import MAX_REPLY_BYTES, ForkRequest, ask, exit_code, parse_reply
 
 # Names the socket of a template that is there already. Tests share one.
 PATH_VARIABLE = "STAGEMESH_WORKER_TEMPLATE"
-_REPLY_BYTES = 4096
 # Forking takes milliseconds; whoever has stopped it may keep it.
 _REPLY_TIMEOUT_S = 5.0
 
@@ -48,9 +45,7 @@ class ForkedProcess:
 
     async def _wait_end(self, connection: socket.socket) -> int:
         with connection:
-            reply = await _receive(connection)
-        # Where nothing came the template was killed, and the kernel then kills its children.
-        self.returncode = int(reply.get("exit_code", -signal.SIGKILL))
+            self.returncode = exit_code(await _receive(connection))
         return self.returncode
 
 
@@ -99,10 +94,7 @@ class WorkerTemplate:
             try:
                 if self._child is not None:
                     await self._child.wait_ready()
-                connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                held.callback(connection.close)
-                connection.connect(self._path)
-                socket.send_fds(connection, [request.encoded()], [link, output])
+                connection = held.enter_context(ask(self._path, request, link, output))
             except (OSError, StageMeshError):  # it has ended, or this host is at some limit
                 return None
             connection.setblocking(False)
@@ -117,10 +109,7 @@ class WorkerTemplate:
 
 
 async def _receive(connection: socket.socket) -> Mapping[str, Any]:
-    """Nothing where the template has ended."""
+    message = b""
     with contextlib.suppress(OSError):
-        message = await asyncio.get_running_loop().sock_recv(connection, _REPLY_BYTES)
-        if message:
-            found: Mapping[str, Any] = json.loads(message)
-            return found
-    return {}
+        message = await asyncio.get_running_loop().sock_recv(connection, MAX_REPLY_BYTES)
+    return parse_reply(message)

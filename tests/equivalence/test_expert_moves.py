@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from structlog.testing import capture_logs
-from support.checkpoints import tiny_model
+from support.checkpoints import add_tokenizer, tiny_model
 from support.mesh import greedy_request, running_mesh
 from support.mixtures import (
     MIXTURE,
-    add_tokenizer,
     greedy_after,
     greedy_tokens,
     sampled,

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.checkpoints import tiny_model
+from support.checkpoints import add_tokenizer, tiny_model
 from support.mesh import greedy_request, running_mesh
 from support.mixtures import (
     MIXTURE,
     NUM_TOKENS,
-    add_tokenizer,
     greedy_after,
     greedy_tokens,
     sampled,

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from support.mesh import Mesh, greedy_request, running_mesh, started_up
 from support.paths import DEMO_MODEL, shared
-from support.waiting import wait_until
+from support.waiting import lives, wait_gone, wait_until
 
 from protos import mesh_pb2, mesh_pb2_grpc
 
@@ -49,13 +49,6 @@ def cases() -> list[dict[str, Any]]:
 def ranks_of(pid: int) -> list[int]:
     """A worker has no other children."""
     return [child.pid for child in psutil.Process(pid).children()]
-
-
-def lives(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def ranked_worker(mesh: Mesh) -> int:
@@ -138,7 +131,7 @@ def test_what_is_killed_with_up_or_stopped_leaves_nothing(number: signal.Signals
         assert len(pids) == 4
         up.process.send_signal(number)
         up.process.wait(TIMEOUT_S)
-        wait_until(lambda: not any(map(lives, pids)), 30.0, "every process to end")
+        wait_gone(pids)
 
 
 @pytest.mark.parametrize(

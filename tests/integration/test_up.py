@@ -16,7 +16,7 @@ import psutil
 import pytest
 from support.mesh import Mesh, collect, greedy_request, running_mesh, started_up
 from support.paths import DEMO_MODEL
-from support.waiting import wait_until
+from support.waiting import wait_gone, wait_until
 
 from protos import text_generation_pb2 as pb
 from protos import text_generation_pb2_grpc as pb_grpc
@@ -38,17 +38,6 @@ def stagemesh(*argv: str, **environ: str) -> subprocess.CompletedProcess[str]:
 def free_ports(ready_file: Path) -> tuple[str, ...]:
     ports = ("--grpc-port", "0", "--http-port", "0", "--scheduler-port", "0")
     return ("--ready-file", str(ready_file), *ports)
-
-
-def lives(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def wait_gone(pids: list[int]) -> None:
-    wait_until(lambda: not any(map(lives, pids)), 30.0, "every process to end")
 
 
 @pytest.fixture(scope="module")

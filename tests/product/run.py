@@ -19,7 +19,6 @@ import io
 import itertools
 import os
 import re
-import shutil
 import signal
 import sys
 import tempfile
@@ -36,12 +35,12 @@ import psutil  # noqa: E402
 from support.checkpoints import (  # noqa: E402
     SIZES,
     TinyModel,
+    add_tokenizer,
     prompts,
     reference_logprobs,
     tiny_model,
 )
 from support.mesh import Mesh, greedy_request, running_mesh  # noqa: E402
-from support.paths import DEMO_MODEL  # noqa: E402
 from support.waiting import wait_until  # noqa: E402
 
 MIN_MARGIN = 1e-3
@@ -175,8 +174,7 @@ def run(family: str, each: Layout, directory: Path, seed: int) -> None:
     tiny = FAMILIES[family]
     model = TinyModel(tiny.name, tiny.config_class, tiny.config, seed)
     reference = tiny_model(model, directory)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DEMO_MODEL / name, directory / model.name)
+    add_tokenizer(directory / model.name)
     options = ("--num-blocks", "256", *each.options)
     with running_mesh(
         directory / model.name, *options, stages=len(each.ranks), replicas=each.replicas

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support.paths import DEMO_MODEL
 
 SIZES = {
     "vocab_size": 320,
@@ -83,3 +84,9 @@ def reference_logprobs(model: Any, token_ids: Sequence[int]) -> torch.Tensor:
     with torch.no_grad():
         logits = model(torch.tensor([list(token_ids)]), use_cache=False).logits[0]
     return torch.as_tensor(logits).float().log_softmax(dim=-1)
+
+
+def add_tokenizer(model: Path) -> None:
+    """The demo model's, for a gateway."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).write_bytes((DEMO_MODEL / name).read_bytes())

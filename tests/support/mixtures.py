@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from support.checkpoints import SIZES, TinyModel, prompts, reference_logprobs, tiny_model
-from support.paths import DEMO_MODEL
 from support.stages import Live, Wish
 
 MIXTURE = TinyModel(
@@ -60,9 +59,3 @@ def skewed_model(directory: Path) -> tuple[Any, Path]:
                 scores[2] = -scores[1]
     reference.save_pretrained(directory / MIXTURE.name)
     return reference, directory / MIXTURE.name
-
-
-def add_tokenizer(model: Path) -> None:
-    """The demo model's, for a gateway."""
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (model / name).write_bytes((DEMO_MODEL / name).read_bytes())

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import functools
-import json
 import os
 import shutil
 import signal
@@ -17,15 +15,14 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from support.waiting import wait_until
 
 from benchmarks.recovery.part import Process, execute
-from stagemesh.fork_server import ForkRequest
+from stagemesh.fork_server import MAX_REPLY_BYTES, ForkRequest, ask, exit_code, parse_reply
+from stagemesh.supervision import end_with_parent
 
 START_TIMEOUT_S = 120.0
-_REPLY_BYTES = 4096
 
 
 def template_environ(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -61,8 +58,7 @@ def shared_template() -> str:
 
 def end_with_the_tests() -> None:
     """In the new process: a mesh does not outlive tests that are killed."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    end_with_parent(signal.SIGTERM)
 
 
 def fork_worker(
@@ -72,10 +68,8 @@ def fork_worker(
     if tuple(command[:3]) != (sys.executable, "-m", "stage_worker"):
         return execute(command, environ, link, output)
     request = ForkRequest(list(command[3:]), template_environ(environ), os.getcwd())
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    connection.connect(shared_template())
-    socket.send_fds(connection, [request.encoded()], [link, output])
-    reply = json.loads(connection.recv(_REPLY_BYTES))
+    connection = ask(shared_template(), request, link, output)
+    reply = parse_reply(connection.recv(MAX_REPLY_BYTES))
     assert "pid" in reply, reply
     return _ForkedProcess(reply["pid"], connection)
 
@@ -108,8 +102,6 @@ class _ForkedProcess:
         self.send_signal(signal.SIGKILL)
 
     def _take_end(self, flags: int = 0) -> None:
-        message = self._connection.recv(_REPLY_BYTES, flags)
-        told: dict[str, Any] = json.loads(message) if message else {}
-        # Where nothing came the template was killed, and the kernel then kills its children.
-        self.returncode = int(told.get("exit_code", -signal.SIGKILL))
+        message = self._connection.recv(MAX_REPLY_BYTES, flags)
+        self.returncode = exit_code(parse_reply(message))
         self._connection.close()
