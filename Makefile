@@ -7,19 +7,21 @@ BIN := $(VENV)/bin
 PROTOS := $(wildcard protos/*.proto)
 SEED ?= 0
 COMPUTING := tests/unit tests/simulation tests/equivalence
-RUNNING := tests/integration tests/chaos tests/compose
+RUNNING := tests/compose tests/chaos tests/integration
+SIDE_BY_SIDE := --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 # Made again when what they depend on has changed.
 RUNTIME := $(VENV)/.stagemesh-runtime
 DEV := $(VENV)/.stagemesh-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test check format protos sim product bench clean
+.PHONY: help demo up test test-all check format protos sim product bench clean
 
 help:
 	@echo "make demo        a mesh of two stages tells a story, and ends"
 	@echo "make up          a mesh until Ctrl-C; ARGS='--stages 3' adds options"
-	@echo "make test        all tests; ARGS='-k sampling' chooses"
+	@echo "make test        the tests; ARGS='-k sampling' chooses"
+	@echo "make test-all    and more of the same, where that can be had: twice as long"
 	@echo "make check       ruff, mypy, import-linter"
 	@echo "make format      ruff format, and what ruff can fix"
 	@echo "make sim SEED=7  one seed of the simulator; ARGS='--num-seeds 1000 --quiet': more"
@@ -43,14 +45,18 @@ demo: $(RUNTIME)
 up: $(RUNTIME)
 	@$(BIN)/stagemesh up $(ARGS)
 
-# What only computes runs on all cores at once, file by file; what runs meshes has the machine to itself.
+# One process for each core; tests of a file stay in one. What only computes goes before what runs
+# meshes; of that compose, which takes longest, comes first.
 test: $(DEV)
 ifeq ($(ARGS),)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(COMPUTING)
-	$(BIN)/python -m pytest $(RUNNING)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(COMPUTING)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(RUNNING)
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif
+
+test-all: export STAGEMESH_THOROUGH := 1
+test-all: test
 
 check: $(DEV)
 	$(BIN)/ruff check .

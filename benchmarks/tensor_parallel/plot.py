@@ -23,11 +23,13 @@ def draw(out: Path, latencies: Sequence[Latency], throughputs: Sequence[Throughp
     _lines(left, by_kind, "KiB", "all-reduce, µs, median")
     left.set_xscale("log", base=2)
     left.set_yscale("log")
+    left.xaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_major_formatter("{x:g}")
     by_shape: dict[str, list[tuple[float, float]]] = {}
     for each in throughputs:
         points = by_shape.setdefault(f"PP {each.stages}, TP {each.ranks}", [])
         points.append((each.batch, each.per_worker))
-    _lines(right, by_shape, "requests at once", "tokens per second and worker, decoding")
+    _lines(right, by_shape, "requests at once", "tokens/s per process that computes, decoding")
     right.set_ylim(bottom=0)
     out.write_bytes(png(figure))
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.checkpoints import SIZES, TinyModel, prompts, rope, tiny_model
 from support.stages import Chain, Live, Wish
+from support.thorough import THOROUGH, sample
 
 from stagemesh.sampling import SamplingSpec
 
@@ -58,6 +59,10 @@ def facts(live: Live) -> tuple[object, ...]:
     return live.sampled, live.prompt_logprobs
 
 
+# Stages, the longest chunk, tokens in a block, rows at once.
+CUTS = [(1, 1, None, 32), (1, 7, None, 3), (2, None, None, 2), (3, 7, 16, 32), (5, 1, 4, 6)]
+# Around the sizes that kernels work in.
+SIZES_OF_BATCHES = range(2, 33) if THOROUGH else (2, 3, 5, 8, 9, 16, 17, 31, 32)
 CASES = [(model, "auto") for model in MODELS] + [(MODELS[0], "bfloat16"), (MODELS[1], "int8")]
 
 
@@ -69,8 +74,7 @@ def test_bits_do_not_depend_on_batch_chunk_stages_or_blocks(
     path = tmp_path / model.name
     alone = Chain(path, 1, batch_invariant=True, kv_dtype=kv_dtype)
     expected = [facts(live) for live in alone.run(wishes(6), max_rows=1)]
-    cuts = [(1, 1, None, 32), (1, 7, None, 3), (2, None, None, 2), (3, 7, 16, 32), (5, 1, 4, 6)]
-    for num_stages, chunk, block_size, max_rows in cuts:
+    for num_stages, chunk, block_size, max_rows in sample(CUTS, CASES.index((model, kv_dtype)), 3):
         chain = Chain(
             path,
             num_stages,
@@ -85,12 +89,12 @@ def test_bits_do_not_depend_on_batch_chunk_stages_or_blocks(
         assert got == expected, f"{num_stages} stages, chunk {chunk}, {max_rows} rows"
 
 
-def test_bits_of_one_request_in_batches_of_every_size(tmp_path: Path) -> None:
+def test_bits_of_one_request_in_batches_of_many_sizes(tmp_path: Path) -> None:
     model = MODELS[0]
     tiny_model(model, tmp_path)
     chain = Chain(tmp_path / model.name, 1, batch_invariant=True, num_blocks=2048)
     (expected,) = chain.run(wishes(1))
-    for size in range(2, 33):
+    for size in SIZES_OF_BATCHES:
         company = [*wishes(size)[1:], wishes(1)[0]]
         live = chain.run([Wish(w.prompt, 2, SPEC) for w in company])[-1]
         assert live.sampled == expected.sampled[:2], f"batch of {size}"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 from support.mesh import running_mesh
 from support.paths import shared
+from support.thorough import THOROUGH
 
 from protos import text_generation_pb2 as pb
 
 MODEL = shared("models/stories260K")
-NUM_REQUESTS = 32
+NUM_REQUESTS = 32 if THOROUGH else 16
 
 
 def seeded_request(seed: int) -> pb.GenerateRequest:
@@ -48,7 +49,7 @@ def test_different_seeds_give_different_tokens(alone: list[list[int]]) -> None:
     assert len({tuple(tokens) for tokens in alone}) > NUM_REQUESTS * 3 // 4
 
 
-def test_batch_of_32(alone: list[list[int]]) -> None:
+def test_all_at_once(alone: list[list[int]]) -> None:
     with running_mesh(MODEL, "--batch-invariant", stages=3) as mesh:
         outputs = mesh.generate_all(REQUESTS)
         assert [output.token_ids for output in outputs] == alone

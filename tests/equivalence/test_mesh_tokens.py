@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from support.mesh import Mesh, greedy_request, running_mesh
 from support.paths import shared
+from support.thorough import THOROUGH
 from support.waiting import wait_until
 
 from protos import text_generation_pb2 as pb
@@ -18,17 +19,20 @@ MODEL = shared("models/stories260K")
 
 # The model has 5 layers. 7-token chunks cut every prompt of the reference; 40 blocks of 8 hold 320
 # tokens, less than two of the longest cases together, so that 25 cases at once must preempt.
-LAYOUTS = {
+LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "1 stage": (1, ()),
-    "2 stages": (2, ()),
-    "3 stages, chunks of 7": (3, ("--max-chunk-tokens", "7")),
-    "5 stages, little memory": (5, ("--block-size", "8", "--num-blocks", "40")),
     "2 stages, chunks of 7, little memory": (
         2,
         ("--max-chunk-tokens", "7", "--block-size", "8", "--num-blocks", "40"),
     ),
     "3 stages, batch-invariant": (3, ("--batch-invariant",)),
 }
+if THOROUGH:
+    LAYOUTS |= {
+        "2 stages": (2, ()),
+        "3 stages, chunks of 7": (3, ("--max-chunk-tokens", "7")),
+        "5 stages, little memory": (5, ("--block-size", "8", "--num-blocks", "40")),
+    }
 
 
 @functools.cache

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.paths import REPO
+from support.thorough import thorough
 
 from stage_worker.layout import all_parts, part_tensors
 from stage_worker.linear import PIECE_WEIGHTS
@@ -128,6 +129,7 @@ def test_a_rank_reads_and_holds_its_share(untied: Path) -> None:
             assert told["read"] >= 0.9 * share  # it was counted
 
 
+@thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_anonymous_memory_with_tied_embeddings(tmp_path: Path) -> None:
     assert make_checkpoint(tmp_path / "tied", tied=True) >= 400e6
@@ -140,6 +142,7 @@ def test_peak_anonymous_memory_with_tied_embeddings(tmp_path: Path) -> None:
     check_shares(tmp_path / "tied", [(0, 8, "float32", False, "int8")])
 
 
+@thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_anonymous_memory_of_16_bits_a_weight(tmp_path: Path) -> None:
     """Files of 16 bits stay 16 bits where the arithmetic is float32."""

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from support.paths import shared
 from support.stages import GREEDY, Chain, Wish
+from support.thorough import thorough
 
 MODEL = shared("models/stories260K")
 REFERENCE = json.loads((MODEL / "reference.json").read_text())
@@ -21,9 +22,9 @@ def wishes(cases: list[dict[str, Any]]) -> list[Wish]:
 @pytest.mark.parametrize(
     ("num_stages", "batch_invariant", "chunk"),
     [
-        (1, False, None),
+        pytest.param(1, False, None, marks=thorough),
         (2, False, 7),
-        (3, False, None),
+        pytest.param(3, False, None, marks=thorough),
         (5, False, 7),
         (1, True, 7),
         (3, True, None),
@@ -40,7 +41,7 @@ def test_all_cases_at_once(num_stages: int, batch_invariant: bool, chunk: int | 
         assert max(errors) < 1e-4
 
 
-@pytest.mark.parametrize("num_stages", [1, 3])
+@pytest.mark.parametrize("num_stages", [pytest.param(1, marks=thorough), 3])
 def test_one_case_at_a_time(num_stages: int) -> None:
     chain = Chain(MODEL, num_stages)
     lives = chain.run(wishes(CASES[::4]), chunk=7 if num_stages == 3 else None, max_rows=1)

@@ -13,6 +13,7 @@ import psutil
 import pytest
 from support.mesh import Mesh, running_mesh
 from support.paths import shared
+from support.thorough import THOROUGH
 from support.waiting import wait_until
 
 from stagemesh.bench.drive import Unwatched, closed_loop
@@ -24,7 +25,7 @@ from stagemesh.bench.workload import trace_asks, with_cancels
 STREAMS = 64
 CANCEL_SHARE = 0.33
 # The first two warm up what is compared with the last.
-LOOPS = max(3, int(os.environ.get("STAGEMESH_SOAK_LOOPS", "4")))
+LOOPS = max(3, int(os.environ.get("STAGEMESH_SOAK_LOOPS", "6" if THOROUGH else "3")))
 SEED = 20261121
 
 
@@ -47,7 +48,6 @@ async def replayed(target: str, trace: list[TraceEntry], seed: str) -> list[Samp
         return (await closed_loop(client, asks, STREAMS, Unwatched())).samples
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_loops_of_the_trace_leak_nothing() -> None:
     model = shared("models/stories260K")

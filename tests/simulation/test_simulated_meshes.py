@@ -11,8 +11,9 @@ from collections import Counter
 import pytest
 from simulation.mesh_world import MeshWorld
 from simulation.seeds import FIRST_SEED, check_seed
+from support.thorough import THOROUGH
 
-NUM_SEEDS = 192
+NUM_SEEDS = 192 if THOROUGH else 96
 SEEDS_PER_TEST = 16
 
 

@@ -10,8 +10,9 @@ from collections import Counter
 import pytest
 from simulation.seeds import FIRST_SEED, check_seed
 from simulation.world import World
+from support.thorough import THOROUGH
 
-NUM_SEEDS = 480
+NUM_SEEDS = 480 if THOROUGH else 192
 SEEDS_PER_TEST = 48
 
 

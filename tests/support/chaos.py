@@ -18,7 +18,7 @@ from benchmarks.recovery.parts_mesh import MeshShape, PartsMesh, Status
 SEED = 20261121
 NUM_LASTING = 4
 # Prompts of up to ten blocks; the demo model's context is 512 tokens.
-MANY = tuple(asks(32, SEED, max_tokens=48))
+MANY = tuple(asks(16, SEED, max_tokens=40))
 LONG = tuple(asks(4, SEED + 1, prompt_tokens=(12, 40, 90), max_tokens=120))
 LONG_PROMPTS = tuple(asks(16, SEED + 2, prompt_tokens=(180, 220, 200), max_tokens=16))
 

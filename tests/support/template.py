@@ -28,7 +28,8 @@ START_TIMEOUT_S = 120.0
 def template_environ(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """`environ` as it is in workers that the shared template forks: what `up` would set by the
     number of stages is set for all of them."""
-    own = {name: value for name, value in environ.items() if not name.startswith("PYTEST_")}
+    not_ours = ("PYTEST_", "TORCHINDUCTOR_")  # pytest and torch set them while tests run
+    own = {name: value for name, value in environ.items() if not name.startswith(not_ours)}
     threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
     return {**own, **threads, "GRPC_VERBOSITY": "ERROR"}
 

@@ -1,0 +1,22 @@
+"""What `make test` leaves to `make test-all`: more of what it tests already, for hours when nobody
+waits. Every kind of case is in both.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TypeVar
+
+import pytest
+
+T = TypeVar("T")
+THOROUGH = os.environ.get("STAGEMESH_THOROUGH", "0") != "0"
+thorough = pytest.mark.skipif(not THOROUGH, reason="more of the same: make test-all")
+
+
+def sample(cases: Sequence[T], number: int, size: int) -> list[T]:
+    """All cases if this is thorough, else `size` of them, others for the next number."""
+    if THOROUGH:
+        return list(cases)
+    return [cases[(number * size + i) % len(cases)] for i in range(size)]
