@@ -4,7 +4,7 @@
     D head dim, S = n * G queries of a KV head padded to blocks of M = QUERY_BLOCK
 
 Every matrix product has the same shape, [M, D] x [D, TILE] and [M, TILE] x [TILE, D], whatever the
-batch, and tiles are cut at absolute positions and visited in order, with a running maximum and sum
+batch, and tiles are cut at absolute positions and added in order, with a running maximum and sum
 (online softmax, arXiv 1805.02867). A tile in which a query sees nothing changes none of its bits:
 it is scaled by exp(0) and nothing is added. A sink is what was seen before the first tile.
 """
@@ -24,6 +24,8 @@ QUERY_BLOCK = 8
 _LOWEST = -3e38
 # Queries of one product, at most: bounds the memory of a long chunk's tile.
 _MAX_QUERIES = 4096
+# Of keys, and of values, that are copied into tiles at a time: 16 MiB.
+_MAX_TILE_NUMBERS = 2**22
 
 
 def invariant_kernel(
@@ -71,25 +73,37 @@ def _attend_tiles(
     masks = mask.reshape(-1, QUERY_BLOCK, mask.shape[-1])
     highest = torch.nn.functional.pad(first, (0, padding)).reshape(-1, QUERY_BLOCK, 1)
     total, output = torch.ones_like(highest), torch.zeros_like(blocks)
-    for start in range(0, keys.shape[2], TILE):
-        seen = masks[:, :, start : start + TILE]
+    # As many tiles at once as memory allows: few queries have many operations to wait for else.
+    width = TILE * max(1, _MAX_TILE_NUMBERS // (len(blocks) * TILE * head_dim))
+    for start in range(0, keys.shape[2], width):
+        seen = masks[:, :, start : start + width].reshape(len(blocks), QUERY_BLOCK, -1, TILE)
+        hidden = ~seen.transpose(1, 2)
         tile_keys, tile_values = (
-            _repeat_tile(x[:, :, start : start + TILE], num_blocks) for x in (keys, values)
+            _tiles(x[:, :, start : start + width], num_blocks) for x in (keys, values)
         )
-        products = torch.bmm(blocks, tile_keys.transpose(1, 2))
+        num_tiles = hidden.shape[1]
+        repeated = blocks[:, None].expand(-1, num_tiles, -1, -1).reshape(-1, *blocks.shape[1:])
+        # [R * K * num_blocks, num_tiles, M, TILE]: scores, and then what they weigh.
+        weights = torch.bmm(repeated, tile_keys.transpose(1, 2)).view(hidden.shape)
         if scores.cap is not None:
-            cap_in_place(products, scores.cap)
-        products.masked_fill_(~seen, _LOWEST)
-        raised = torch.maximum(highest, products.amax(dim=-1, keepdim=True))
-        weights = torch.where(seen, torch.exp(products - raised), 0.0)
-        scale = torch.exp(highest - raised)
-        total = total * scale + weights.sum(dim=-1, keepdim=True)
-        output = output * scale + torch.bmm(weights, tile_values)
-        highest = raised
+            cap_in_place(weights, scores.cap)
+        weights.masked_fill_(hidden, _LOWEST)
+        own = weights.amax(dim=-1, keepdim=True)
+        raised = torch.cat((highest[:, None], own), dim=1).cummax(dim=1).values
+        weights.sub_(raised[:, 1:]).exp_().masked_fill_(hidden, 0.0)
+        scales = torch.exp(raised[:, :-1] - raised[:, 1:])
+        sums = weights.sum(dim=-1, keepdim=True)
+        read = torch.bmm(weights.flatten(0, 1), tile_values).view(*hidden.shape[:3], head_dim)
+        for i in range(num_tiles):
+            total.mul_(scales[:, i]).add_(sums[:, i])
+            output.mul_(scales[:, i]).add_(read[:, i])
+        highest = raised[:, -1]
     return (output / total).view(*queries.shape)[:, :, :num_queries]
 
 
-def _repeat_tile(tile: Tensor, num_blocks: int) -> Tensor:
-    """[R, K, TILE, D] -> [R * K * num_blocks, TILE, D], the same tile for each block of queries."""
-    repeated = tile[:, :, None].expand(-1, -1, num_blocks, -1, -1)
-    return repeated.reshape(-1, *tile.shape[2:])
+def _tiles(slots: Tensor, num_blocks: int) -> Tensor:
+    """[R, K, num_tiles * TILE, D] -> [R * K * num_blocks * num_tiles, TILE, D], the same tiles for
+    each block of queries."""
+    num_rows, num_kv_heads, _, head_dim = slots.shape
+    tiles = slots.reshape(num_rows, num_kv_heads, 1, -1, TILE, head_dim)
+    return tiles.expand(-1, -1, num_blocks, -1, -1, -1).reshape(-1, TILE, head_dim)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from stage_worker import fbgemm
-from stage_worker.linear import LinearSource, rows_per_piece
+from stage_worker.linear import LinearSource
 
 # Norm of what an output's weights lose, against their own: a few last places of float32.
 _MAX_ERROR = 2.0**-21
@@ -38,11 +38,7 @@ class HalfLinear:
         if not all(_fits(matrix.dense(start, end)) for matrix, start, end in source.pieces()):
             return None
         pieces = []
-        # One place to widen pieces in: freed ones between packed ones would leave holes in memory.
-        num_rows = min(rows_per_piece(source.num_inputs), source.num_outputs)
-        wide = torch.empty(num_rows, source.num_inputs)
-        for matrix, start, end in source.pieces():
-            piece = wide[: end - start].copy_(matrix.dense(start, end))
+        for piece in source.dense_pieces():
             pieces.append(fbgemm.pack_float16(piece))
             source.on_bytes(2 * piece.numel())
         bias = source.bias(torch.float32, torch.device("cpu"))

@@ -46,12 +46,11 @@ class PackedLinear:
         pieces: list[Tensor] = []
         biases: list[Tensor | None] = []
         done = 0
-        for matrix, start, end in source.pieces():
-            dense = matrix.dense(start, end).to(torch.float32)
-            pieces.append(torch.ops.mkldnn._reorder_linear_weight(dense, None))
-            biases.append(None if bias is None else bias[done : done + end - start])
-            source.on_bytes(dense.nbytes)
-            done += end - start
+        for piece in source.dense_pieces():
+            pieces.append(torch.ops.mkldnn._reorder_linear_weight(piece, None))
+            biases.append(None if bias is None else bias[done : done + len(piece)])
+            source.on_bytes(piece.nbytes)
+            done += len(piece)
         return cls(pieces, biases)
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from support.chaos import LONG, MANY, NUM_LASTING, loaded
+from support.thorough import more
 
 from benchmarks.recovery.faults import drain
 from benchmarks.recovery.load import Truth
@@ -38,7 +39,7 @@ async def test_a_rolling_restart_without_a_spare(mesh: PartsMesh, truth: Truth) 
             await load.until_more_tokens(NUM_LASTING)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, *more(1), 2])
 async def test_a_span_moves_to_another_worker_with_its_pages(
     mesh: PartsMesh, truth: Truth, stage: int
 ) -> None:

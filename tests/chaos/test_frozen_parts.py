@@ -21,6 +21,7 @@ from support.chaos import (
 )
 from support.proxy import TcpProxy
 from support.template import fork_worker
+from support.thorough import more
 
 from benchmarks.recovery.load import Truth
 from benchmarks.recovery.part import Part, free_address
@@ -32,7 +33,7 @@ LEASE_S = 2.0
 FEW = MANY[:12]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [*more(0), 1, *more(2)])
 async def test_a_frozen_worker_is_replaced_and_comes_back_as_a_stranger(
     mesh: PartsMesh, truth: Truth, stage: int
 ) -> None:

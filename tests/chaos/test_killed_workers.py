@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from support.chaos import LONG, LONG_PROMPTS, MANY, NUM_LASTING, check, loaded
+from support.thorough import more
 
 from benchmarks.recovery.load import Load, Truth
 from benchmarks.recovery.parts_mesh import PartsMesh
@@ -11,13 +12,13 @@ from benchmarks.recovery.parts_mesh import PartsMesh
 pytestmark = pytest.mark.timeout(180)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, *more(1, 2)])
 async def test_a_spare_takes_the_place(mesh: PartsMesh, truth: Truth, stage: int) -> None:
     async with loaded(mesh, truth):
         mesh.at(await mesh.status(), stage).kill()
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [*more(0, 1), 2])
 async def test_without_a_spare_streams_wait_for_the_restart(
     mesh: PartsMesh, truth: Truth, stage: int
 ) -> None:
@@ -30,7 +31,7 @@ async def test_without_a_spare_streams_wait_for_the_restart(
         await victim.wait_ready()
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [0, *more(2)])
 async def test_in_the_middle_of_prefill(mesh: PartsMesh, truth: Truth, stage: int) -> None:
     await truth.learn(mesh.target, LONG_PROMPTS)
     before = (await mesh.status()).pipelines[0].steps_done

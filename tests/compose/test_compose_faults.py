@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 from support.containers import TEST_TIMEOUT_S, Project, docker, inspect, kill_hard, wait_restarted
+from support.thorough import more
 
 from benchmarks.recovery.load import Load, Stream, Truth, asks
 
@@ -63,7 +64,9 @@ def spare(mesh: Project) -> str:
 
 
 @pytest.mark.parametrize(
-    "whom", [at_stage(0), at_stage(1), at_stage(2), spare], ids=["first", "middle", "last", "spare"]
+    "whom",
+    [at_stage(0), *more(at_stage(1), at_stage(2)), spare],
+    ids=["first", "middle", "last", "spare"],
 )
 async def test_a_worker_is_killed(
     mesh: Project, truth: Truth, whom: Callable[[Project], str]

@@ -21,7 +21,7 @@ from stagemesh.errors import InvalidRequest
 
 TIMEOUT_S = 60.0
 # More than can be computed before a drain is over.
-REQUEST = greedy_request("Once upon a time", 400, ignore_eos=True)
+REQUEST = greedy_request("Once upon a time", 240, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
 T = TypeVar("T")
 THOROUGH = os.environ.get("STAGEMESH_THOROUGH", "0") != "0"
 thorough = pytest.mark.skipif(not THOROUGH, reason="more of the same: make test-all")
+
+
+def more(*values: Any) -> list[Any]:
+    """Parameters of a test that are left out unless this is thorough."""
+    return [pytest.param(value, marks=thorough) for value in values]
 
 
 def sample(cases: Sequence[T], number: int, size: int) -> list[T]:
