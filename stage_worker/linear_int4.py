@@ -1,9 +1,13 @@
 """Linear layers with 4 bits a weight, on a CPU: a scale and a zero point for each group of inputs.
 
-    T tokens, I inputs, O outputs, R outputs of a piece, G groups
+    T tokens, I inputs, O outputs, R outputs of a piece, G groups of inputs
+    B outputs that are packed together
 
 The arithmetic is float32 between activations and results of bfloat16, the one type that torch's
 kernel is fast with. It is for models that would not fit otherwise: 8 bits are faster.
+
+torch's kernel takes about as long for each row. Many rows are multiplied in float32, a piece of the
+weights at a time, made from the packed ones; unless a row's bits must not depend on its batch.
 """
 
 from __future__ import annotations
@@ -14,13 +18,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stage_worker import linear_onednn
 from stage_worker.linear import LinearSource, joined_codes
 from stage_worker.quantise import to_int4
 from stage_worker.weight_source import Codes, WeightSource
 from stagemesh.quantization import GROUP_SIZES
 
-# What the kernel's weights are multiples of.
-_OUTPUTS_MULTIPLE = 16
+# Outputs are padded to a multiple of it, as many as are packed together with any vector unit.
+_OUTPUTS_MULTIPLE = 64
+# From so many rows on making float32 weights costs less than it saves: benchmarks/RESULTS.md.
+MANY_ROWS = 128
 _MIDDLE = 8
 # At least so many weights at a time are multiplied: a call costs something of its own.
 _PACKED_WEIGHTS = 2**22
@@ -44,6 +51,11 @@ class _Piece:
     def nbytes(self) -> int:
         return int(self._weight.nbytes + self._scales.nbytes)
 
+    @property
+    def num_weights(self) -> int:
+        """With those that are padding."""
+        return 2 * int(self._weight.numel())
+
     def product(self, x: Tensor) -> Tensor:
         """[T, I] -> [T, R], bfloat16."""
         product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
@@ -51,25 +63,50 @@ class _Piece:
         )
         return product[:, : self.num_outputs]
 
+    def wide_product(self, x: Tensor, num_packed: int, room: Tensor) -> Tensor:
+        """[T, I] -> [T, R], float32, by weights that are written to `room`."""
+        num_rows, num_inputs = self._weight.shape[0], x.shape[1]
+        wide = room[: num_inputs * num_rows].view(num_inputs, num_rows)
+        self._widen(wide, num_packed)
+        return linear_onednn.product(x, wide.t())[:, : self.num_outputs]
+
+    def _widen(self, wide: Tensor, num_packed: int) -> None:
+        """wide: [I, R], group by group, so that one is in a core's cache while it is made."""
+        num_inputs = len(wide)
+        half = num_packed // 2
+        pairs = self._weight.view(-1, num_inputs, half).transpose(0, 1)  # [I, R / B, B / 2]
+        scales, offsets = self._scales.float().unbind(dim=2)
+        offsets = offsets - _MIDDLE * scales
+        for group, rows in enumerate(torch.split(wide, self._group_size)):
+            start = group * self._group_size
+            own = pairs[start : start + len(rows)]
+            halves = rows.view(len(rows), -1, 2, half)
+            halves[:, :, 0].copy_(own & 15)
+            halves[:, :, 1].copy_(own >> 4)
+            torch.addcmul(offsets[group], rows, scales[group], out=rows)
+
 
 class Int4Linear:
     """`padding`: inputs that the last group lacks."""
 
-    def __init__(self, pieces: Sequence[_Piece], bias: Tensor | None, padding: int) -> None:
+    def __init__(
+        self, pieces: Sequence[_Piece], bias: Tensor | None, padding: int, invariant: bool
+    ) -> None:
         self._pieces = pieces
         self._bias = bias
         self._padding = padding
+        self._num_packed = None if invariant else _packed_together()
         self._num_outputs = sum(piece.num_outputs for piece in pieces)
 
     @classmethod
-    def make(cls, source: LinearSource, group_size: int) -> Int4Linear:
+    def make(cls, source: LinearSource, group_size: int, *, invariant: bool = False) -> Int4Linear:
         pieces = []
         codes_of = functools.partial(_codes, group_size=group_size)
         for codes in joined_codes(source, codes_of, _PACKED_WEIGHTS):
             pieces.append(_Piece(codes, group_size))
             source.on_bytes(pieces[-1].nbytes)
         bias = source.bias(torch.float32, torch.device("cpu"))
-        return cls(pieces, bias, -source.num_inputs % group_size)
+        return cls(pieces, bias, -source.num_inputs % group_size, invariant)
 
     @property
     def nbytes(self) -> int:
@@ -79,11 +116,16 @@ class Int4Linear:
     def __call__(self, x: Tensor) -> Tensor:
         if x.shape[0] == 0:
             return x.new_empty(0, self._num_outputs)
-        narrow = x.to(torch.bfloat16)
+        num_packed = self._num_packed if x.shape[0] >= MANY_ROWS else None
+        own = x.to(torch.bfloat16 if num_packed is None else torch.float32)
         if self._padding:
-            narrow = torch.nn.functional.pad(narrow, (0, self._padding))
-        narrow = narrow.contiguous()
-        outputs = [piece.product(narrow) for piece in self._pieces]
+            own = torch.nn.functional.pad(own, (0, self._padding))
+        own = own.contiguous()
+        if num_packed is None:
+            outputs = [piece.product(own) for piece in self._pieces]
+        else:
+            room = torch.empty(max(piece.num_weights for piece in self._pieces))
+            outputs = [piece.wide_product(own, num_packed, room) for piece in self._pieces]
         whole = (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)).to(torch.float32)
         return (whole if self._bias is None else whole.add_(self._bias)).to(x.dtype)
 
@@ -98,6 +140,21 @@ def held_bytes(num_outputs: int, num_inputs: int, group_size: int) -> int:
 def is_available() -> bool:
     names = ("_convert_weight_to_int4pack_for_cpu", "_weight_int4pack_mm_for_cpu")
     return all(hasattr(torch.ops.aten, name) for name in names)
+
+
+@functools.cache
+def _packed_together() -> int | None:
+    """B: half as many bytes for each input, output n beside n + B / 2. None where torch packs in
+    another way, which is its own affair."""
+    codes = torch.arange(2 * _OUTPUTS_MULTIPLE * 32, dtype=torch.int32).mul_(11) // 7 % 16
+    codes = codes.view(2 * _OUTPUTS_MULTIPLE, 32)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    for num in (_OUTPUTS_MULTIPLE, _OUTPUTS_MULTIPLE // 2):
+        pairs = packed.view(-1, 32, num // 2)
+        found = torch.cat((pairs & 15, pairs >> 4), dim=2).transpose(1, 2)
+        if linear_onednn.is_available() and torch.equal(found.reshape(codes.shape), codes.byte()):
+            return num
+    return None
 
 
 def _codes(matrix: WeightSource, start: int, end: int, group_size: int) -> Codes:

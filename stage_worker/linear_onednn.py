@@ -31,7 +31,7 @@ class OneDnnLinear(PlainLinear):
     def __call__(self, x: Tensor) -> Tensor:
         if x.shape[0] == 0:
             return x.new_empty(0, self.weight.shape[0])
-        return _product(_padded(x), self.weight, self.bias)[: x.shape[0]]
+        return product(x, self.weight, self.bias)
 
 
 class PackedLinear:
@@ -72,6 +72,11 @@ class PackedLinear:
 
 def is_available() -> bool:
     return bool(torch._C._has_mkldnn)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[T, I] x [O, I] -> [T, O], for T > 0; the weight may lie in memory as [I, O]."""
+    return _product(_padded(x), weight, bias)[: x.shape[0]]
 
 
 def num_kernel_rows(num_rows: int) -> int:

@@ -106,7 +106,7 @@ def _make_half(source: LinearSource, numerics: Numerics) -> Linear:
 
 def _int4(group_size: int) -> Scheme:
     return Scheme(
-        lambda source, _: Int4Linear.make(source, group_size),
+        lambda source, numerics: Int4Linear.make(source, group_size, invariant=numerics.invariant),
         lambda outputs, inputs, _: linear_int4.held_bytes(outputs, inputs, group_size),
         linear_int4.is_available,
     )
