@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A Docker engine and a base image for the compose tests, on machines that lack one or both.
 #
-#   engine.sh install   packages (Debian, Ubuntu; needs root)
+#   engine.sh install   packages, for faults of networks too (Debian, Ubuntu; needs root)
 #   engine.sh start     an engine, unless one answers
 #   engine.sh base      the image that the Dockerfile starts from, unless it is here or can be pulled
 #   engine.sh stop      the engine that `start` started, and nothing else
@@ -23,7 +23,7 @@ answers() { docker info >/dev/null 2>&1; }
 install_packages() {
     apt-get update -qq
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-        docker.io docker-compose debootstrap iptables >/dev/null
+        docker.io docker-compose debootstrap iptables nftables >/dev/null
 }
 
 start() {
