@@ -33,7 +33,8 @@ urllib.request.urlopen(sys.argv[1], timeout=5).read(1)
 PYTHON
 }
 
-pip_options=(-c constraints.txt)
+# Python compiles what is imported when it is; most of torch and transformers never is.
+pip_options=(-c constraints.txt --no-compile)
 python=$(find_python)
 if [ ! -x "$venv/bin/python" ]; then
     echo "Making the environment $venv with $("$python" --version)"
