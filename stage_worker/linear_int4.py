@@ -64,7 +64,7 @@ class _Piece:
         return product[:, : self.num_outputs]
 
     def wide_product(self, x: Tensor, num_packed: int, room: Tensor) -> Tensor:
-        """[T, I] -> [T, R], float32, by weights that are written to `room`."""
+        """[T, I] -> [T, R], float32, by weights that are written to `room`, [num_weights]."""
         num_rows, num_inputs = self._weight.shape[0], x.shape[1]
         wide = room[: num_inputs * num_rows].view(num_inputs, num_rows)
         self._widen(wide, num_packed)

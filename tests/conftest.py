@@ -39,5 +39,6 @@ class _FoldersThatShare(LoadFileScheduling):
         return "tests/compose" if "tests/compose/" in file else file
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling:
     return _FoldersThatShare(config, log)
