@@ -24,8 +24,8 @@ QUERY_BLOCK = 8
 _LOWEST = -3e38
 # Queries of one product, at most: bounds the memory of a long chunk's tile.
 _MAX_QUERIES = 4096
-# Of keys, and of values, that are copied into tiles at a time: 16 MiB.
-_MAX_TILE_NUMBERS = 2**22
+# Of keys, and of values, that are copied into tiles at a time: 1 MiB, to be in a cache still.
+_MAX_TILE_NUMBERS = 2**18
 
 
 def invariant_kernel(

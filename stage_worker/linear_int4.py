@@ -27,7 +27,7 @@ from stagemesh.quantization import GROUP_SIZES
 # Outputs are padded to a multiple of it, as many as are packed together with any vector unit.
 _OUTPUTS_MULTIPLE = 64
 # From so many rows on making float32 weights costs less than it saves: benchmarks/RESULTS.md.
-MANY_ROWS = 128
+MANY_ROWS = 256
 _MIDDLE = 8
 # At least so many weights at a time are multiplied: a call costs something of its own.
 _PACKED_WEIGHTS = 2**22
