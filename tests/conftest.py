@@ -7,8 +7,6 @@ import os
 
 import pytest
 from hypothesis import HealthCheck, settings
-from xdist.remote import Producer
-from xdist.scheduler import LoadFileScheduling
 
 # Other work on the machine must not fail a test: no limits on time, and failures print their seed.
 settings.register_profile(
@@ -28,17 +26,3 @@ def _collections_are_short() -> None:
     by now need not be looked through each time."""
     gc.collect()
     gc.freeze()
-
-
-class _FoldersThatShare(LoadFileScheduling):
-    """Tests of a file stay together, in one process; those of tests/compose, which share images and
-    the names of containers, all of them."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        file = super()._split_scope(nodeid)
-        return "tests/compose" if "tests/compose/" in file else file
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling:
-    return _FoldersThatShare(config, log)
