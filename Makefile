@@ -20,7 +20,7 @@ help:
 	@echo "make demo        a mesh of two stages tells a story, and ends"
 	@echo "make up          a mesh until Ctrl-C; ARGS='--stages 3' adds options"
 	@echo "make test        the tests; ARGS='-k sampling' chooses"
-	@echo "make test-all    and more of the same, where that can be had: twice as long"
+	@echo "make test-all    and more of the same: seeds, cuts, layouts"
 	@echo "make check       ruff, mypy, import-linter"
 	@echo "make format      ruff format, and what ruff can fix"
 	@echo "make sim SEED=7  one seed of the simulator; ARGS='--num-seeds 1000 --quiet': more"

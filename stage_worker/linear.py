@@ -70,24 +70,19 @@ class LinearSource:
                 yield weight, start, min(start + rows, num_outputs)
 
     def dense_pieces(self) -> Iterator[Tensor]:
-        """The outputs in order, float32 [outputs, I], in as few pieces of a bounded size as there
-        can be, across matrices; each in memory that the next one overwrites."""
+        """The outputs in order, float32 [outputs, I], in pieces of a bounded size, small matrices
+        together; each in memory that the next one overwrites: freed pieces between packed ones
+        would leave holes."""
         room = min(rows_per_piece(self.num_inputs), self.num_outputs)
         wide = torch.empty(room, self.num_inputs)
         filled = 0
-        for weight in self.weights:
-            num_outputs = weight.shape[0]
-            done = 0
-            while done < num_outputs:
-                end = min(num_outputs, done + room - filled)
-                wide[filled : filled + end - done].copy_(weight.dense(done, end))
-                filled += end - done
-                done = end
-                if filled == room:
-                    yield wide
-                    filled = 0
-        if filled:
-            yield wide[:filled]
+        for matrix, start, end in self.pieces():
+            if filled + end - start > room:
+                yield wide[:filled]
+                filled = 0
+            wide[filled : filled + end - start].copy_(matrix.dense(start, end))
+            filled += end - start
+        yield wide[:filled]
 
 
 def joined_codes(

@@ -1,5 +1,5 @@
-"""What `make test` leaves to `make test-all`: more of what it tests already, for hours when nobody
-waits. Every kind of case is in both.
+"""What `make test` leaves to `make test-all`, for hours when nobody waits: more seeds, cuts, stages
+and layouts of what it tests already, and the memory of tied and of 16-bit checkpoints.
 """
 
 from __future__ import annotations
