@@ -24,7 +24,7 @@ help:
 	@echo "make check       ruff, mypy, import-linter"
 	@echo "make format      ruff format, and what ruff can fix"
 	@echo "make sim SEED=7  one seed of the simulator; ARGS='--num-seeds 1000 --quiet': more"
-	@echo "make product     every family by stages, ranks, replicas: a night; ARGS=--plan: minutes"
+	@echo "make product     every family by stages, ranks, replicas: two hours; ARGS=--plan: minutes"
 	@echo "make bench       how fast; ARGS='--stages 1,2 --batch 1,8 --out found' says what"
 	@echo "make protos      the stubs from the .proto files"
 	@echo "make clean       removes the environment and what was built"

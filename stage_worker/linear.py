@@ -83,6 +83,8 @@ class LinearSource:
             wide[filled : filled + end - start].copy_(matrix.dense(start, end))
             filled += end - start
         yield wide[:filled]
+        del wide
+        trim_host()
 
 
 def joined_codes(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from stage_worker import fbgemm, linear_int4, linear_int8, linear_onednn
+from stage_worker import fbgemm, linear_int4, linear_int8, linear_onednn, mlas
 from stage_worker.linear import Linear, LinearSource, PlainLinear
 from stage_worker.linear_half import HalfLinear
 from stage_worker.linear_int4 import Int4Linear
@@ -108,7 +108,7 @@ def _int4(group_size: int) -> Scheme:
     return Scheme(
         lambda source, numerics: Int4Linear.make(source, group_size, invariant=numerics.invariant),
         lambda outputs, inputs, _: linear_int4.held_bytes(outputs, inputs, group_size),
-        linear_int4.is_available,
+        mlas.is_available,
     )
 
 

@@ -1,6 +1,6 @@
 """Every family through every combination of stages, ranks and replicas, in real processes.
 
-    python tests/product/run.py                      # all of it: a night
+    python tests/product/run.py                      # all of it: two hours
     python tests/product/run.py --plan               # the combinations that users plan with
     python tests/product/run.py --families llama,qwen3-moe --layouts PP2TP2,PP1TP4EP
 
