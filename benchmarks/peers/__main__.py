@@ -74,7 +74,8 @@ def _one(
     )
     out = str(environments.converted(peer, peer_dtype))
     serve = environments.command(peer, "serve", *options, "--dtype", peer_dtype, "--out", out)
-    ours = environments.command(OURS, "serve", *options, "--dtype", dtype)
+    lone = ("--lone-threads", str(args.lone_threads))
+    ours = environments.command(OURS, "serve", *options, *lone, "--dtype", dtype)
     with EngineProcess(serve, args.threads) as theirs, EngineProcess(ours, args.threads) as mesh:
         measured = compare(theirs, mesh, wanted, _tell)
     print(_table(f"{peer} {peer_dtype}", f"stagemesh {dtype}", measured), flush=True)
@@ -133,6 +134,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", choices=SIZES, default="1.1b")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--stages", type=int, default=1, help="processes, each with its threads")
+    parser.add_argument(
+        "--lone-threads",
+        type=int,
+        default=0,
+        help="of a StageMesh stage while the other stages have nothing to do",
+    )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
     parser.add_argument("--prompt-tokens", type=int, default=DECODE_PROMPT_TOKENS)

@@ -54,13 +54,15 @@ class Engine(ABC):
 @dataclass(frozen=True, slots=True)
 class Options:
     """Where the checkpoint is, where the peer's own form of it is or shall be, and how to run:
-    `stages` processes that hold a part of the model each, with so many threads each."""
+    `stages` processes that hold a part of the model each, with so many threads each, or
+    `lone_threads`, if not 0, where the others have nothing to do: StageMesh alone has those."""
 
     model: Path
     out: Path
     dtype: str
     threads: int
     stages: int = 1
+    lone_threads: int = 0
 
 
 class Peer(ABC):
@@ -108,13 +110,16 @@ def main(peer: Peer, argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=peer.dtypes, default=peer.dtypes[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--stages", type=int, default=1)
+    parser.add_argument("--lone-threads", type=int, default=0)
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
     parser.add_argument("--prompt-tokens", type=int, default=DECODE_PROMPT_TOKENS)
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
     parser.add_argument("--prefill", type=int, default=PREFILL_TOKENS)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    options = Options(args.model, args.out, args.dtype, args.threads, args.stages)
+    options = Options(
+        args.model, args.out, args.dtype, args.threads, args.stages, args.lone_threads
+    )
     if options.stages > 1 and not peer.is_divisible:
         parser.error(f"{peer.name} runs a model in one process")
     if args.command == "versions":
