@@ -55,7 +55,7 @@ class _Mesh(Engine):
                 *(sys.executable, "-m", "stagemesh.cli.main", "up"),
                 *("--model", str(options.model), "--stages", str(options.stages)),
                 *("--threads-per-stage", str(options.threads), "--max-kv-memory", "1GiB"),
-                *("--lone-threads", str(options.lone_threads)),
+                *(("--lone-threads", str(options.lone_threads)) if options.lone_threads else ()),
                 *("--grpc-port", "0", "--http-port", "0", "--scheduler-port", "0"),
                 *("--ready-file", str(ready), "--log-level", "error"),
                 *_dtype_options(options.dtype),

@@ -13,6 +13,7 @@ from stagemesh.cli.up_options import UpOptions
 from stagemesh.cores import num_cores
 from stagemesh.model_spec import ModelSpec
 from stagemesh.options import options_of
+from stagemesh.quantization import AUTO
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +119,17 @@ def _environ(options: UpOptions, ranks: int) -> dict[str, str]:
     threads = options.threads(ranks)
     environ["OMP_NUM_THREADS"] = str(threads)
     environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    if threads * options.num_ranks() <= num_cores():
+    if threads * options.num_ranks() <= num_cores() and not _has_int4(options):
         environ.setdefault("GOMP_SPINCOUNT", _STEP_PAUSE_SPINS)
     # What gRPC's core notes about connections that come and go.
     environ.setdefault("GRPC_VERBOSITY", "ERROR")
     return environ
+
+
+def _has_int4(options: UpOptions) -> bool:
+    """Layers of 4 bits are computed by threads of another library, which spin by themselves."""
+    told = options.quantization or AUTO
+    if AUTO not in told:
+        return "int4" in told
+    stored = ModelSpec.from_directory(options.model_dir()).stored
+    return "int4" in told or (stored is not None and any(way.bits == 4 for _, way in stored.ways))
