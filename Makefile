@@ -6,8 +6,6 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PROTOS := $(wildcard protos/*.proto)
 SEED ?= 0
-COMPUTING := tests/unit tests/simulation tests/equivalence
-RUNNING := tests/integration tests/chaos tests/compose
 
 # Made again when what they depend on has changed.
 RUNTIME := $(VENV)/.stagemesh-runtime
@@ -44,12 +42,9 @@ demo: $(RUNTIME)
 up: $(RUNTIME)
 	@$(BIN)/stagemesh up $(ARGS)
 
-# What only computes runs on all cores at once, file by file; what runs meshes has the machine to
-# itself: two meshes at a time were no faster on two cores.
 test: $(DEV)
 ifeq ($(ARGS),)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(COMPUTING)
-	$(BIN)/python -m pytest $(RUNNING)
+	@scripts/run_tests.sh $(BIN)/python
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from support.chaos import LONG, MANY, NUM_LASTING, loaded
-from support.thorough import more
+from support.thorough import more, thorough
 
 from benchmarks.recovery.faults import drain
 from benchmarks.recovery.load import Truth
@@ -13,6 +13,7 @@ from benchmarks.recovery.parts_mesh import PartsMesh
 pytestmark = pytest.mark.timeout(180)
 
 
+@thorough
 async def test_a_rolling_restart_with_a_spare(mesh: PartsMesh, truth: Truth) -> None:
     """SIGTERM to each in turn, the next when the last is back."""
     async with loaded(mesh, truth, MANY[:8]) as load:
@@ -39,7 +40,7 @@ async def test_a_rolling_restart_without_a_spare(mesh: PartsMesh, truth: Truth) 
             await load.until_more_tokens(NUM_LASTING)
 
 
-@pytest.mark.parametrize("stage", [0, *more(1), 2])
+@pytest.mark.parametrize("stage", [0, *more(1, 2)])
 async def test_a_span_moves_to_another_worker_with_its_pages(
     mesh: PartsMesh, truth: Truth, stage: int
 ) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.chaos import NUM_LASTING, WAITING, Meshes, loaded, watched
+from support.thorough import thorough
 
 from benchmarks.recovery.load import Truth, asks
 from benchmarks.recovery.parts_mesh import MeshShape
@@ -52,7 +53,13 @@ def long_truth() -> Truth:
 
 
 @pytest.mark.parametrize(
-    ("stage", "log"), [(1, "logged"), (0, "logged"), (1, "not logged"), (1, "partly logged")]
+    ("stage", "log"),
+    [
+        (1, "logged"),
+        pytest.param(0, "logged", marks=thorough),
+        pytest.param(1, "not logged", marks=thorough),
+        (1, "partly logged"),
+    ],
 )
 async def test_a_lost_stage_is_rebuilt(
     meshes: Meshes, model: Path, long_truth: Truth, stage: int, log: str

@@ -11,6 +11,7 @@ import pytest_asyncio
 from support.chaos import DEMO_MODEL, MANY, NUM_LASTING, WAITING, loaded, watched
 from support.proxy import TcpProxy
 from support.template import fork_worker
+from support.thorough import more
 
 from benchmarks.recovery.load import Truth
 from benchmarks.recovery.part import free_address
@@ -102,14 +103,14 @@ async def test_a_silent_link_between_two_stages_is_found(wires: Wires, truth: Tr
         link.is_stalled = False
 
 
-@pytest.mark.parametrize("fault", ["reset", "stall", "half_close"])
+@pytest.mark.parametrize("fault", ["reset", "stall", *more("half_close")])
 async def test_faults_of_the_control_stream(wires: Wires, truth: Truth, fault: str) -> None:
     async with loaded(wires.mesh, truth, FEW) as load:
         await break_for_a_while(wires, wires.control, fault)
         await load.until_more_tokens(1)
 
 
-@pytest.mark.parametrize("fault", ["reset", "stall", "half_close"])
+@pytest.mark.parametrize("fault", [*more("reset", "stall"), "half_close"])
 async def test_faults_of_the_gateways_link(wires: Wires, truth: Truth, fault: str) -> None:
     async with loaded(wires.mesh, truth, FEW) as load:
         await break_for_a_while(wires, wires.front, fault)

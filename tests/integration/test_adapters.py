@@ -25,7 +25,7 @@ ADAPTERS = (
     TinyAdapter("clerk", seed=2),
 )
 PROMPT = list(range(40, 80))  # more than two blocks, so that they could be shared
-NUM_TOKENS = 120
+NUM_TOKENS = 60
 
 
 @pytest.fixture(scope="module")
