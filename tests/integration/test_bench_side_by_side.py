@@ -18,7 +18,7 @@ def command(peer: str, model: Path, *options: str) -> list[str]:
 
 def test_both_are_measured_in_turn(tmp_path: Path) -> None:
     make_model(tmp_path, SIZES["tiny"])
-    wanted = Wanted(batches=[1, 3], prompt_tokens=5, new_tokens=64, prefill_tokens=40, rounds=2)
+    wanted = Wanted(batches=[1, 3], prompt_tokens=5, new_tokens=32, prefill_tokens=40, rounds=2)
     with (
         EngineProcess(command("transformers", tmp_path), 1) as peer,
         EngineProcess(command("stagemesh", tmp_path), 1) as ours,
