@@ -12,6 +12,7 @@ import pytest
 from support.answers import Answer, Asking, post, post_stream
 from support.paths import DEMO_MODEL
 from support.template import fork_worker
+from support.thorough import thorough
 
 from benchmarks.recovery.part import until
 from benchmarks.recovery.parts_mesh import MeshShape, PartsMesh
@@ -139,6 +140,7 @@ async def test_a_killed_scheduler_changes_no_answer(mesh: PartsMesh) -> None:
         await mesh.until_idle()
 
 
+@thorough
 async def test_a_killed_scheduler_changes_no_answer_over_http(mesh: PartsMesh) -> None:
     await http_answers(mesh)
     right = await http_answers(mesh)
