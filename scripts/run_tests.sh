@@ -20,7 +20,7 @@ log=$(mktemp)
 containers=$!
 finish() {
     if [ -n "$containers" ]; then
-        kill -INT "$containers"
+        kill -INT "$containers" 2>/dev/null
         wait "$containers"
     fi
     rm -f "$log"

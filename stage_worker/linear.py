@@ -69,20 +69,30 @@ class LinearSource:
             for start in range(0, num_outputs, rows):
                 yield weight, start, min(start + rows, num_outputs)
 
+    def joined_pieces(self, room: int) -> Iterator[list[tuple[WeightSource, int, int]]]:
+        """Pieces in order, as many together as have no more than `room` outputs."""
+        joined: list[tuple[WeightSource, int, int]] = []
+        filled = 0
+        for matrix, start, end in self.pieces():
+            if joined and filled + end - start > room:
+                yield joined
+                joined, filled = [], 0
+            joined.append((matrix, start, end))
+            filled += end - start
+        yield joined
+
     def dense_pieces(self) -> Iterator[Tensor]:
         """The outputs in order, float32 [outputs, I], in pieces of a bounded size, small matrices
         together; each in memory that the next one overwrites: freed pieces between packed ones
         would leave holes."""
         room = min(rows_per_piece(self.num_inputs), self.num_outputs)
         wide = torch.empty(room, self.num_inputs)
-        filled = 0
-        for matrix, start, end in self.pieces():
-            if filled + end - start > room:
-                yield wide[:filled]
-                filled = 0
-            wide[filled : filled + end - start].copy_(matrix.dense(start, end))
-            filled += end - start
-        yield wide[:filled]
+        for joined in self.joined_pieces(room):
+            filled = 0
+            for matrix, start, end in joined:
+                wide[filled : filled + end - start].copy_(matrix.dense(start, end))
+                filled += end - start
+            yield wide[:filled]
         del wide
         trim_host()
 
@@ -99,24 +109,21 @@ def joined_codes(
     num_inputs = source.num_inputs
     room = min(source.num_outputs, max(rows_per_piece(num_inputs), num_weights // num_inputs))
     values = torch.empty(0, dtype=torch.int8)
-    scales: list[Tensor] = []
-    zeros: list[Tensor] = []
-    filled = 0
-    for matrix, start, end in source.pieces():
-        if filled + end - start > room:
-            trim_host()
-            yield Codes(values[:filled], torch.cat(scales), torch.cat(zeros))
-            scales, zeros, filled = [], [], 0
-            trim_host()
-        codes = codes_of(matrix, start, end)
-        if not len(values):  # as wide as codes are: the last group may have been filled up
-            values = torch.empty(room, codes.values.shape[1], dtype=torch.int8)
-        values[filled : filled + end - start].copy_(codes.values)
-        scales.append(codes.scales)
-        zeros.append(codes.zeros)
-        filled += end - start
-    trim_host()
-    yield Codes(values[:filled], torch.cat(scales), torch.cat(zeros))
+    for joined in source.joined_pieces(room):
+        trim_host()
+        scales: list[Tensor] = []
+        zeros: list[Tensor] = []
+        filled = 0
+        for matrix, start, end in joined:
+            codes = codes_of(matrix, start, end)
+            if not len(values):  # as wide as codes are: the last group may have been filled up
+                values = torch.empty(room, codes.values.shape[1], dtype=torch.int8)
+            values[filled : filled + end - start].copy_(codes.values)
+            scales.append(codes.scales)
+            zeros.append(codes.zeros)
+            filled += end - start
+        trim_host()
+        yield Codes(values[:filled], torch.cat(scales), torch.cat(zeros))
 
 
 def rows_per_piece(num_inputs: int) -> int:

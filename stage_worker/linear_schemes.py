@@ -66,7 +66,9 @@ def choose_scheme(part: str, weights: Sequence[WeightSource], numerics: Numerics
     if name != NONE and numerics.device.type != "cpu":
         raise ConfigError(f"quantization {name} needs device cpu")
     if not _SCHEMES[name].is_available():
-        raise ConfigError(f"quantization {name}: this torch or this processor has no kernel for it")
+        raise ConfigError(
+            f"quantization {name}: nothing that is installed has a kernel for it on this processor"
+        )
     return _SCHEMES[name]
 
 

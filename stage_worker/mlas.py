@@ -13,6 +13,7 @@ import importlib.util
 import os
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,8 +52,6 @@ class Int4Product:
 
     def __call__(self, x: Tensor, product: Tensor) -> None:
         """x: [T, I], product: [T, R], both float32 and contiguous; T is not 0."""
-        import numpy as np
-
         self._binding.bind_input("x", "cpu", 0, np.float32, x.shape, x.data_ptr())
         self._binding.bind_output("y", "cpu", 0, np.float32, product.shape, product.data_ptr())
         self._session.run_with_iobinding(self._binding)

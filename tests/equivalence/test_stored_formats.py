@@ -58,8 +58,7 @@ def test_foreign_formats(name: str, plain: Path, tmp_path: Path) -> None:
 def test_a_stored_model_computes_what_the_original_does_quantised(
     scheme: str, tmp_path: Path
 ) -> None:
-    """To the last bit, but for parts that were stored as floats of 16 bits: what they change is
-    more once activations were rounded to 8 bits on the other side of a step."""
+    """To the last bit; what is not quantised is stored as floats of 16 bits and held so."""
     parts: list[str] = []
     out = tmp_path / "out"
     num_bytes = quantise_checkpoint(DEMO_MODEL, out, parse_quantization(scheme), parts.append)
@@ -67,11 +66,7 @@ def test_a_stored_model_computes_what_the_original_does_quantised(
     assert num_bytes == sum(
         tensor.nbytes for file in out.glob("*.safetensors") for tensor in load_file(file).values()
     )
-    assert torch.allclose(
-        logprobs(out, "auto"),
-        logprobs(DEMO_MODEL, scheme),
-        atol=0 if "none" not in scheme else 0.1,
-    )
+    assert torch.equal(logprobs(out, "auto"), logprobs(DEMO_MODEL, scheme.replace("none", "auto")))
     assert (out / "tokenizer.json").read_bytes() == (DEMO_MODEL / "tokenizer.json").read_bytes()
 
 

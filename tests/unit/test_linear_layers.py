@@ -13,6 +13,7 @@ from stage_worker import fbgemm
 from stage_worker.linear import Linear, LinearSource, PlainLinear
 from stage_worker.linear_half import HalfLinear
 from stage_worker.linear_int4 import Int4Linear
+from stage_worker.linear_int4 import held_bytes as int4_bytes
 from stage_worker.linear_int8 import Int8Linear
 from stage_worker.linear_onednn import OneDnnLinear, PackedLinear, num_kernel_rows
 from stage_worker.quantise import to_int4, to_int8
@@ -196,6 +197,8 @@ def test_int4_is_near_and_zero_stays_zero(group_size: int) -> None:
     assert torch.equal(dense[weight == 0], weight[weight == 0])
     steps = codes.scales.repeat_interleave(group_size, dim=1)
     assert bool(((dense - weight).abs() <= 0.7 * steps).all())
+    layer = Int4Linear.make(LinearSource([FloatSource(weight)], [], ignore), group_size)
+    assert layer.nbytes == int4_bytes(64, 256, group_size)
 
 
 def test_layers_are_made_in_pieces() -> None:
